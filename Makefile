@@ -1,0 +1,65 @@
+# Every command a developer needs; `make help` lists them. Nothing but Python 3.11 and g++ is expected on the machine.
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+# The oldest TensorFlow and Keras 3 that the suite passes on.
+OLDEST := 'tensorflow==2.16.*' 'keras==3.3.*'
+# One process a core is quickest: TensorFlow's import dominates short files, and its threads share the cores anyway.
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PROJECT_FILES := pyproject.toml setup.py
+
+# TensorFlow's start-up lines are not ours to show, and tests must be the same on a machine with a GPU.
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+demo test test-oldest bench docs: export CUDA_VISIBLE_DEVICES := -1
+export KERAS_BACKEND := tensorflow
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint docs test-oldest bench clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+# An environment is installed once for each set of extras, and again only when the project's own metadata changed.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-%: $(PROJECT_FILES) | $(BIN)/python
+	$(BIN)/python $(PIP_INSTALL) --editable '.[$*]'
+	@touch $@
+
+$(VENV_OLDEST)/.stamp-test: $(PROJECT_FILES)
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python $(PIP_INSTALL) --editable '.[test]' $(OLDEST)
+	@touch $@
+
+venv: $(VENV)/.stamp-dev  ## install everything a developer needs into .venv
+
+demo: $(VENV)/.stamp-examples  ## real speech: dense against 90 % block-sparse, table and picture in demo_output/
+	$(BIN)/python -m examples.japanese_vowels
+
+test: $(VENV)/.stamp-test  ## the whole suite
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-dev  ## build docs/ into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test-oldest: $(VENV_OLDEST)/.stamp-test  ## the suite on the oldest TensorFlow and Keras supported
+	$(VENV_OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+bench: $(VENV)/.stamp-test  ## every benchmark in benchmarks/
+	@for file in benchmarks/[!_]*.py; do \
+		module=$$(basename $$file .py); echo "== $$module"; $(BIN)/python -m benchmarks.$$module || exit 1; done
+
+clean:  ## remove what commands wrote, but the environments
+	rm -rf build dist site demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
