@@ -1,0 +1,20 @@
+"""What every test may rely on: the TensorFlow backend, no GPU, quiet start-up, and the same random numbers."""
+
+import os
+
+# Before anything imports keras or tensorflow; pytest loads this file first, and so does every xdist worker.
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import keras
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test begins with the same weights and data, alone or in the suite."""
+    keras.utils.set_random_seed(0)
+    yield
+    keras.backend.clear_session()
