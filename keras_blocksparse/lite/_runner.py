@@ -1,0 +1,102 @@
+"""Runs TFLite files on one interpreter, in a process of its own: `python _runner.py job.npz out.npz`.
+
+A wrong file may end in a segmentation fault, so this never runs inside the exporting process. It imports numpy and the one runtime it was
+asked for, and nothing of this package. job.npz holds
+
+    job                      JSON: runtime, files (name -> path), carry (output name -> input name), calls, latency_files, repeats
+    case{c}/step{s}/{name}   inputs of call s of case c; names in `carry` come from the call before
+
+and out.npz gets
+
+    result                           JSON: version, latency_ms (file -> list), error
+    {file}/case{c}/step{s}/{name}    outputs
+"""
+
+import json
+import sys
+import time
+
+
+def load(runtime):
+    """Returns the Interpreter class of a runtime and its version."""
+    if runtime == "tf.lite":
+        import tensorflow as tf
+
+        return tf.lite.Interpreter, tf.__version__
+    if runtime == "ai_edge_litert":
+        from importlib.metadata import version
+
+        from ai_edge_litert.interpreter import Interpreter
+
+        return Interpreter, version("ai-edge-litert")
+    if runtime == "tflite_runtime":
+        import tflite_runtime
+        from tflite_runtime.interpreter import Interpreter
+
+        return Interpreter, tflite_runtime.__version__
+    raise ValueError(f"Unknown runtime: {runtime}")
+
+
+def run_cases(interpreter, arrays, carry, cases):
+    """Calls the signature for each case and step; yields `(case, step, outputs)`."""
+    signature = interpreter.get_signature_runner()
+    for case, steps in enumerate(cases):
+        carried = {}
+        for step in range(steps):
+            prefix = f"case{case}/step{step}/"
+            inputs = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
+            outputs = signature(**{**inputs, **carried})
+            carried = {target: outputs[source] for source, target in carry.items()}
+            yield case, step, outputs
+
+
+def feed(interpreter, arrays):
+    """Sets the inputs of the first call of the first case."""
+    signature = interpreter.get_signature_runner()
+    details = signature.get_input_details()
+    for name, detail in details.items():
+        interpreter.set_tensor(detail["index"], arrays[f"case0/step0/{name}"])
+
+
+def latencies(interpreters, arrays, repeats, seconds):
+    """Milliseconds of each call of each interpreter; the interpreters take turns, so that all of them see the same machine."""
+    times = {name: [] for name in interpreters}
+    deadline = time.perf_counter() + seconds
+    for repeat in range(repeats + 2):
+        for name, interpreter in interpreters.items():
+            feed(interpreter, arrays)
+            start = time.perf_counter()
+            interpreter.invoke()
+            if repeat >= 2:
+                times[name].append((time.perf_counter() - start) * 1e3)
+        if repeat > 6 and time.perf_counter() > deadline:
+            break
+    return times
+
+
+def main(job_path, out_path):
+    import numpy as np
+
+    with np.load(job_path) as file:
+        arrays = dict(file)
+    job = json.loads(str(arrays.pop("job")))
+    interpreter_class, version = load(job["runtime"])
+    result, outputs = {"version": version, "latency_ms": {}}, {}
+    interpreters = {}
+    for name, path in job["files"].items():
+        interpreters[name] = interpreter_class(model_path=path, num_threads=1)
+        interpreters[name].allocate_tensors()
+    for name in job["checked"]:
+        for case, step, values in run_cases(interpreters[name], arrays, job["carry"], job["cases"]):
+            for key, value in values.items():
+                outputs[f"{name}/case{case}/step{step}/{key}"] = value
+    if job["repeats"]:
+        timed = {name: interpreters[name] for name in job["timed"]}
+        result["latency_ms"] = latencies(timed, arrays, job["repeats"], job["seconds"])
+    np.savez(out_path, result=json.dumps(result), **outputs)
+
+
+if __name__ == "__main__":
+    # The package's own modules lie beside this script and must not stand in for those of the runtime.
+    sys.path.pop(0)
+    main(*sys.argv[1:])

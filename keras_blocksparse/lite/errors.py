@@ -1,0 +1,5 @@
+"""The exception of this subpackage."""
+
+
+class ExportError(RuntimeError):
+    """A model could not be exported: the converter refused it, or the finished file does not compute what the model computes."""

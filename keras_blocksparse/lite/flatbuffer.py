@@ -1,0 +1,200 @@
+"""The post-pass over a TFLite file: reading, sparse weights, opcode versions, signature, writing.
+
+The converter gives a dense file; `Flatbuffer` holds it as the object tree that TensorFlow's generated schema module offers, and each
+method makes one change to it. What the stock kernels can read is decided in `sparsify.py`, not here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from keras_blocksparse.lite.encode import BlockCSR, smallest_index
+
+_FILE_IDENTIFIER = b"TFL3"
+_BUFFER_ALIGNMENT = 16  # `force_align` of Buffer.data in the schema
+
+
+class Flatbuffer:
+    """A TFLite model as a tree of objects that can be changed and written again.
+
+    Example:
+    ```python
+    model = Flatbuffer(open("model.tflite", "rb").read())
+    for graph, op in model.operators("FULLY_CONNECTED"):
+        print(graph.tensors[op.inputs[1]].shape)
+    data = model.tobytes()
+    ```
+
+    Args:
+        data: the bytes of a `.tflite` file.
+
+    Attributes:
+        schema: TensorFlow's generated module of the file format.
+        tree: the `ModelT` object.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        from tensorflow.lite.python import schema_py_generated as schema
+
+        self.schema = schema
+        self.tree = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
+
+    # ---- reading
+
+    def op_name(self, op: Any) -> str:
+        """Name of an operator as the schema writes it (`"WHILE"`), or the custom code of a custom operator."""
+        code = self.tree.operatorCodes[op.opcodeIndex]
+        builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        if builtin == self.schema.BuiltinOperator.CUSTOM:
+            return code.customCode.decode()
+        names = {v: k for k, v in vars(self.schema.BuiltinOperator).items() if not k.startswith("_")}
+        return names.get(builtin, f"builtin {builtin}")
+
+    def custom_ops(self) -> list[str]:
+        """Custom codes of the operators that are not builtin, sorted; `Flex...` ones are TensorFlow's own kernels."""
+        return sorted(c.customCode.decode() for c in self.tree.operatorCodes if c.customCode)
+
+    def operators(self, name: str) -> Iterator[tuple[Any, Any]]:
+        """Yields `(subgraph, operator)` for each operator of the name."""
+        for graph in self.tree.subgraphs:
+            for op in list(graph.operators or ()):
+                if self.op_name(op) == name:
+                    yield graph, op
+
+    def constant(self, tensor: Any) -> np.ndarray | None:
+        """Value of a dense constant tensor (a view, in the tensor's dtype and shape), or None for any other tensor."""
+        data = self.tree.buffers[tensor.buffer].data
+        if data is None or len(data) == 0 or tensor.sparsity is not None:
+            return None
+        dtype = {
+            self.schema.TensorType.FLOAT32: np.float32,
+            self.schema.TensorType.FLOAT16: np.float16,
+            self.schema.TensorType.INT8: np.int8,
+        }.get(tensor.type)
+        if dtype is None:
+            return None
+        return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(np.asarray(tensor.shape, int))
+
+    # ---- changing
+
+    def add_buffer(self, data: np.ndarray) -> int:
+        """Appends a buffer with the bytes of the array and returns its index."""
+        self.tree.buffers.append(self.schema.BufferT())
+        self.tree.buffers[-1].data = np.frombuffer(data.tobytes(), np.uint8)
+        return len(self.tree.buffers) - 1
+
+    def opcode(self, builtin: int, version: int) -> int:
+        """Index of the operator code with this builtin and version; it is added if the model has none."""
+        for i, code in enumerate(self.tree.operatorCodes):
+            if max(code.builtinCode, code.deprecatedBuiltinCode) == builtin and code.version == version:
+                return i
+        code = self.schema.OperatorCodeT()
+        code.builtinCode = builtin
+        # Readers older than the 32-bit field look at this one; 127 sends them to the other.
+        code.deprecatedBuiltinCode = min(builtin, 127)
+        code.version = version
+        self.tree.operatorCodes.append(code)
+        return len(self.tree.operatorCodes) - 1
+
+    def sparsity(self, csr: BlockCSR) -> Any:
+        """The `SparsityParametersT` that describes the block pattern of a matrix.
+
+        A block of one row is written with three dimensions (rows, block columns, inside), as the fully connected kernels want it; any
+        other block with four, which only DENSIFY reads.
+        """
+        schema = self.schema
+        height, width = csr.block
+        dims = [self._dense(csr.shape[0] // height), self._compressed(csr)]
+        sparsity = schema.SparsityParametersT()
+        if height == 1:
+            dims += [self._dense(width)]
+            sparsity.traversalOrder, sparsity.blockMap = [0, 1, 2], [1]
+        else:
+            dims += [self._dense(height), self._dense(width)]
+            sparsity.traversalOrder, sparsity.blockMap = [0, 1, 2, 3], [0, 1]
+        sparsity.dimMetadata = dims
+        return sparsity
+
+    def _dense(self, size: int) -> Any:
+        dim = self.schema.DimensionMetadataT()
+        dim.format = self.schema.DimensionType.DENSE
+        dim.denseSize = size
+        return dim
+
+    def _compressed(self, csr: BlockCSR) -> Any:
+        dim = self.schema.DimensionMetadataT()
+        dim.format = self.schema.DimensionType.SPARSE_CSR
+        dim.arraySegmentsType, dim.arraySegments = self._index_vector(csr.segments)
+        dim.arrayIndicesType, dim.arrayIndices = self._index_vector(csr.indices)
+        return dim
+
+    def _index_vector(self, index: np.ndarray) -> tuple[int, Any]:
+        schema, values = self.schema, smallest_index(index)
+        kind, vector = {
+            np.dtype(np.uint8): (schema.SparseIndexVector.Uint8Vector, schema.Uint8VectorT),
+            np.dtype(np.uint16): (schema.SparseIndexVector.Uint16Vector, schema.Uint16VectorT),
+            np.dtype(np.int32): (schema.SparseIndexVector.Int32Vector, schema.Int32VectorT),
+        }[values.dtype]
+        result = vector()
+        result.values = values
+        return kind, result
+
+    def set_signature(self, inputs: list[str], outputs: list[str], key: str = "serving_default") -> None:
+        """Gives the main subgraph one signature, with these names in the order of its inputs and outputs."""
+        main = self.tree.subgraphs[0]
+        signature = self.schema.SignatureDefT()
+        signature.signatureKey = key
+        signature.subgraphIndex = 0
+        signature.inputs = [self._tensor_map(n, t) for n, t in zip(inputs, main.inputs, strict=True)]
+        signature.outputs = [self._tensor_map(n, t) for n, t in zip(outputs, main.outputs, strict=True)]
+        self.tree.signatureDefs = [signature]
+
+    def _tensor_map(self, name: str, tensor: int) -> Any:
+        entry = self.schema.TensorMapT()
+        entry.name, entry.tensorIndex = name, int(tensor)
+        return entry
+
+    # ---- writing
+
+    def drop_unused(self) -> None:
+        """Empties buffers no tensor or metadata refers to any more and removes operator codes no operator has."""
+        used = {t.buffer for g in self.tree.subgraphs for t in g.tensors}
+        used |= {m.buffer for m in self.tree.metadata or ()}
+        for i, buffer in enumerate(self.tree.buffers):
+            if i not in used:
+                buffer.data = None
+        ops = [op for g in self.tree.subgraphs for op in g.operators or ()]
+        kept = sorted({op.opcodeIndex for op in ops})
+        for op in ops:
+            op.opcodeIndex = kept.index(op.opcodeIndex)
+        self.tree.operatorCodes = [self.tree.operatorCodes[i] for i in kept]
+
+    def tobytes(self) -> bytes:
+        """Bytes of the file."""
+        import flatbuffers
+
+        self.drop_unused()
+        for buffer in self.tree.buffers:
+            if buffer.data is not None:
+                buffer.__class__ = _aligned(self.schema)
+        builder = flatbuffers.Builder(1 << 20)
+        builder.Finish(self.tree.Pack(builder), file_identifier=_FILE_IDENTIFIER)
+        return bytes(builder.Output())
+
+
+def _aligned(schema: Any) -> type:
+    """`BufferT` whose data starts at a multiple of 16 in the file, as the schema asks; the generated Pack forgets it."""
+
+    class AlignedBuffer(schema.BufferT):
+        def Pack(self, builder: Any) -> int:  # noqa: N802 - flatbuffers' name
+            data = np.asarray(self.data, np.uint8).tobytes()
+            builder.StartVector(1, len(data), _BUFFER_ALIGNMENT)
+            builder.head = builder.Head() - len(data)
+            builder.Bytes[builder.Head() : builder.Head() + len(data)] = data
+            vector = builder.EndVector()
+            schema.BufferStart(builder)
+            schema.BufferAddData(builder, vector)
+            return schema.BufferEnd(builder)
+
+    return AlignedBuffer

@@ -1,0 +1,285 @@
+"""Which encoding each weight of a TFLite file gets, and the change of the graph that goes with it.
+
+What decides is what the stock kernels read rightly, which is less than what the format can express:
+
+* float32: FULLY_CONNECTED has one SIMD kernel for sparse weights, for blocks of 1x4 (out x in). XNNPACK leaves such an operator alone.
+* int8: one for blocks of 1x16, with float activations. It keeps block numbers and counts in a byte, without saying when they overflow.
+  The operator must have version 8: given the newer version the converter writes, XNNPACK reads the blocks as a dense matrix.
+* One scale per tensor: a scale per row is read by runtimes from about 2.16 on, and silently ignored by older ones.
+* float16: no kernel reads a sparse one. DENSIFY unpacks it once, when the interpreter is made; small file, dense speed. The same
+  serves float32 weights that have no 1x4 blocks or too many.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keras_blocksparse.lite.encode import BlockCSR, encode_blocks
+from keras_blocksparse.lite.flatbuffer import Flatbuffer
+from keras_blocksparse.lite.report import WeightRecord
+
+_FC_VERSION = 8
+_MAX_BYTE = 255
+
+# Share of stored elements up to which the sparse kernel is as fast as the dense one, from a sweep over densities of a 1024x3072
+# matrix at batch 1 (AVX2 and AVX-512 machines); below it the sparse kernel also wins or the difference is microseconds.
+_MAX_DENSITY_FLOAT32 = 0.35
+# int8 is compared on size as well: at half the elements the file is half as large and the kernel about twice as slow.
+_MAX_DENSITY_INT8 = 0.4
+# DENSIFY has no cost at run time except that the dense weight is in memory besides; it must be worth the longer graph.
+_MAX_BYTES_DENSIFY = 0.8
+_DENSIFY_BLOCKS = ((1, 4), (1, 8), (1, 16), (4, 4), (8, 8), (16, 16), (32, 32), (4, 1), (16, 1), (1, 1))
+
+# Weights below this many bytes stay dense: the description of a sparse tensor takes some hundred bytes itself.
+_MIN_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class KerasWeight:
+    """A Keras weight to recognise in the file: its path and its value, a 2-D float32 array (inputs, outputs)."""
+
+    path: str
+    value: np.ndarray
+
+
+def keras_weights(model: Any) -> list[KerasWeight]:
+    """The matrices among the weights of a model, with their paths."""
+    return [
+        KerasWeight(w.path, np.asarray(w, np.float32))
+        for w in model.weights
+        if len(w.shape) == 2 and "float" in str(w.dtype)
+    ]
+
+
+def sparsify(file: Flatbuffer, quantize: str | None, weights: list[KerasWeight]) -> list[WeightRecord]:
+    """Re-encodes the weights of a dense file in place.
+
+    Args:
+        file: a dense file, converted with the same `quantize`.
+        quantize: None, `"int8"` or `"float16"`.
+        weights: the model's matrices. They name the records, and they hold the float values where an int8 file keeps a float weight.
+
+    Returns:
+        One record for each weight matrix and each larger constant of another operator.
+    """
+    records: list[WeightRecord] = []
+    stored: dict[Any, int] = {}
+    for graph in file.tree.subgraphs:
+        for index in _weight_tensors(file, graph):
+            records.append(_Weight(file, graph, index, quantize, weights, stored).encode())
+    return records
+
+
+def _weight_tensors(file: Flatbuffer, graph: Any) -> list[int]:
+    """Indices of the constants of a subgraph that count as weights: rank 2 or more, at least `_MIN_BYTES`, not one value throughout."""
+    fully_connected = {int(op.inputs[1]) for g, op in file.operators("FULLY_CONNECTED") if g is graph}
+    found = []
+    for index, tensor in enumerate(graph.tensors):
+        value = file.constant(tensor)
+        if value is None or value.ndim < 2:
+            continue
+        if index in fully_connected or (value.nbytes >= _MIN_BYTES and value.any()):
+            found.append(index)
+    return found
+
+
+class _Weight:
+    """One constant of the file and what reads it."""
+
+    def __init__(
+        self,
+        file: Flatbuffer,
+        graph: Any,
+        index: int,
+        quantize: str | None,
+        weights: list[KerasWeight],
+        stored: dict[Any, int],
+    ) -> None:
+        self.file, self.graph, self.index, self.quantize, self.stored = file, graph, index, quantize, stored
+        self.tensor = graph.tensors[index]
+        self.value = file.constant(self.tensor)
+        self.readers = [op for op in graph.operators if index in list(op.inputs)]
+        self.keras, self.float_value = self._recognise(weights)
+
+    def encode(self) -> WeightRecord:
+        """Picks the encoding, changes the file, and says what was done."""
+        if self.value.nbytes < _MIN_BYTES:
+            return self._dense("smaller than the description of a sparse tensor")
+        if self.quantize == "float16":
+            return (
+                self._densify("float16 has no sparse kernel")
+                if self.value.ndim == 2
+                else self._dense(self._not_matrix())
+            )
+        if not all(self.file.op_name(op) == "FULLY_CONNECTED" and op.inputs[1] == self.index for op in self.readers):
+            names = ", ".join(sorted({self.file.op_name(op) for op in self.readers})) or "the graph's outputs"
+            return self._dense(f"TFLite has no sparse kernel for {names}")
+        if self.value.dtype == np.int8:
+            return self._int8()
+        return self._float32()
+
+    # ---- the choices
+
+    def _float32(self) -> WeightRecord:
+        inputs = self.value.shape[1]
+        if inputs % 4:
+            return self._densify(f"{inputs} inputs are not a multiple of 4")
+        csr = encode_blocks(self.value, (1, 4))
+        if csr.density > _MAX_DENSITY_FLOAT32:
+            return self._densify(f"1x4 blocks hold {csr.density:.0%} of it, where the dense kernel is the faster")
+        return self._sparse(csr, "")
+
+    def _int8(self) -> WeightRecord:
+        inputs = self.value.shape[1]
+        if len(self.tensor.quantization.scale) > 1:
+            return self._dense("it has a scale per row, which older runtimes ignore")
+        if inputs % 16:
+            return self._float32_instead(f"{inputs} inputs are not a multiple of 16")
+        csr = encode_blocks(self.value, (1, 16))
+        if csr.density > _MAX_DENSITY_INT8:
+            return self._float32_instead(
+                f"1x16 blocks hold {csr.density:.0%} of it, where the dense kernel is the faster"
+            )
+        if csr.max_per_row > _MAX_BYTE or csr.indices.max(initial=0) > _MAX_BYTE:
+            return self._float32_instead(
+                f"the int8 kernel counts blocks of 16 in a byte and the weight has {inputs} inputs"
+            )
+        return self._sparse(csr, "")
+
+    def _float32_instead(self, why: str) -> WeightRecord:
+        """A sparse float32 weight in an int8 file, where that is smaller than the dense int8 one."""
+        if self.float_value is not None and self.value.shape[1] % 4 == 0:
+            csr = encode_blocks(self.float_value, (1, 4))
+            if csr.nbytes < self.value.nbytes and csr.density <= _MAX_DENSITY_FLOAT32:
+                self.tensor.type = self.file.schema.TensorType.FLOAT32
+                self.tensor.quantization = None
+                return self._sparse(csr, f"float32: {why}; sparse float32 is smaller than dense int8")
+        return self._dense(why)
+
+    # ---- the changes
+
+    def _sparse(self, csr: BlockCSR, why: str) -> WeightRecord:
+        self._store(csr)
+        version = self.file.opcode(self.file.schema.BuiltinOperator.FULLY_CONNECTED, _FC_VERSION)
+        for op in self.readers:
+            op.opcodeIndex = version
+        return self._record(f"sparse {csr.block[0]}x{csr.block[1]}", csr.nbytes, csr.values.dtype, why)
+
+    def _densify(self, why: str) -> WeightRecord:
+        rows, cols = self.value.shape
+        fitting = [b for b in _DENSIFY_BLOCKS if rows % b[0] == 0 and cols % b[1] == 0]
+        csr = min((encode_blocks(self.value, b) for b in fitting), key=lambda c: c.nbytes)
+        if csr.nbytes > _MAX_BYTES_DENSIFY * self.value.nbytes:
+            return self._dense(f"too few zero blocks ({csr.density:.0%} would be stored)")
+        self._store(csr)
+        schema = self.file.schema
+        unpacked = schema.TensorT()
+        unpacked.name = self.tensor.name + b"/dense"
+        unpacked.shape, unpacked.type = self.tensor.shape, self.tensor.type
+        unpacked.shapeSignature = None
+        unpacked.hasRank = True
+        unpacked.buffer = 0
+        self.graph.tensors.append(unpacked)
+        op = schema.OperatorT()
+        op.opcodeIndex = self.file.opcode(schema.BuiltinOperator.DENSIFY, 1)
+        op.builtinOptionsType = schema.BuiltinOptions.DensifyOptions
+        op.builtinOptions = schema.DensifyOptionsT()
+        op.inputs = np.array([self.index], np.int32)
+        op.outputs = np.array([len(self.graph.tensors) - 1], np.int32)
+        for reader in self.readers:
+            reader.inputs = np.where(np.asarray(reader.inputs) == self.index, op.outputs[0], reader.inputs).astype(
+                np.int32
+            )
+        # Operators run in the order they are listed; nothing the constant depends on comes before.
+        self.graph.operators.insert(0, op)
+        return self._record(f"densify {csr.block[0]}x{csr.block[1]}", csr.nbytes, csr.values.dtype, why)
+
+    def _store(self, csr: BlockCSR) -> None:
+        # A layer that is called twice has its weight in two loop bodies; they go on sharing one buffer.
+        key = (self.tensor.buffer, csr.block, csr.values.dtype)
+        if key not in self.stored:
+            self.stored[key] = self.file.add_buffer(csr.values)
+        self.tensor.sparsity = self.file.sparsity(csr)
+        self.tensor.buffer = self.stored[key]
+
+    def _dense(self, why: str) -> WeightRecord:
+        return self._record("dense", self.value.nbytes, self.value.dtype, why)
+
+    def _record(self, encoding: str, nbytes: int, dtype: np.dtype, why: str) -> WeightRecord:
+        return WeightRecord(
+            name=self.keras or self.tensor.name.decode(),
+            shape=tuple(int(d) for d in self.value.shape),
+            dtype=str(dtype),
+            encoding=encoding,
+            sparsity=float(np.mean(self.value == 0)),
+            bytes=int(nbytes),
+            bytes_dense=int(self.value.size * 4),
+            why=why,
+        )
+
+    def _not_matrix(self) -> str:
+        return f"only matrices are stored sparse, this has {self.value.ndim} dimensions"
+
+    # ---- where it comes from
+
+    def _recognise(self, weights: list[KerasWeight]) -> tuple[str, np.ndarray | None]:
+        """Path of the Keras weight this constant is the transpose of, whole or some of its columns, and its float value."""
+        value = self.value
+        if value.ndim != 2:
+            return "", None
+        close = 0.0
+        if value.dtype == np.int8:
+            close = float(self.tensor.quantization.scale[0])
+            value = value * np.float32(close)
+        elif value.dtype == np.float16:
+            value, close = value.astype(np.float32), 1e-3
+        outputs, inputs = value.shape
+        for weight in weights:
+            rows, cols = weight.value.shape
+            if rows != inputs or cols < outputs:
+                continue
+            # Gates side by side: a layer may multiply by some of them only, from the first, up to the last, or by one after the other.
+            for start in sorted({*range(0, cols - outputs + 1, outputs), cols - outputs}):
+                part = weight.value[:, start : start + outputs].T
+                if np.allclose(
+                    value, part, rtol=close if self.value.dtype == np.float16 else 0, atol=close * 0.51 + 1e-7
+                ):
+                    name = weight.path if outputs == cols else f"{weight.path}[:, {start}:{start + outputs}]"
+                    return name, np.ascontiguousarray(part)
+        return "", None
+
+
+def fill_zeros(file: Flatbuffer) -> None:
+    """Replaces constants of zeros that a WHILE starts from by a FILL.
+
+    The output sequence of a recurrent layer is such a constant: timesteps x units floats that say nothing.
+    """
+    schema = file.schema
+    for graph, loop in list(file.operators("WHILE")):
+        for index in sorted({int(i) for i in loop.inputs}):
+            tensor = graph.tensors[index]
+            value = file.constant(tensor)
+            if value is None or value.dtype != np.float32 or value.nbytes < _MIN_BYTES or value.any():
+                continue
+            dims = _constant(
+                file, graph, tensor.name + b"/dims", np.array(value.shape, np.int32), schema.TensorType.INT32
+            )
+            zero = _constant(file, graph, tensor.name + b"/zero", np.array(0, np.float32), schema.TensorType.FLOAT32)
+            op = schema.OperatorT()
+            op.opcodeIndex = file.opcode(schema.BuiltinOperator.FILL, 1)
+            op.builtinOptionsType = schema.BuiltinOptions.FillOptions
+            op.builtinOptions = schema.FillOptionsT()
+            op.inputs = np.array([dims, zero], np.int32)
+            op.outputs = np.array([index], np.int32)
+            tensor.buffer = 0
+            graph.operators.insert(0, op)
+
+
+def _constant(file: Flatbuffer, graph: Any, name: bytes, value: np.ndarray, kind: int) -> int:
+    tensor = file.schema.TensorT()
+    tensor.name, tensor.type, tensor.hasRank = name, kind, True
+    tensor.shape = np.array(value.shape, np.int32)
+    tensor.buffer = file.add_buffer(value)
+    graph.tensors.append(tensor)
+    return len(graph.tensors) - 1
