@@ -61,10 +61,10 @@ def check_score(score: Any) -> Score:
 class BlockGrid:
     """The cutting of one weight into blocks.
 
-    A weight is read as a matrix `(rows, gates * cols)`: its leading `row_axes` axes are the inputs, the rest the outputs,
-    and the outputs of a recurrent layer hold `gates` equal parts beside each other (Keras: z, r, h for a GRU). Each gate
-    has a grid of its own, so that no block straddles two gates. Where a side is not a multiple of the block, the last
-    blocks are smaller ("ragged"); they are counted by the elements they really have.
+    A weight is read as a matrix `(rows, gates * cols)`: its leading `row_axes` axes are the inputs, the rest the
+    outputs, and the outputs of a recurrent layer hold `gates` equal parts beside each other (Keras: z, r, h for a GRU).
+    Each gate has a grid of its own, so that no block straddles two gates. Where a side is not a multiple of the block,
+    the last blocks are smaller ("ragged"); they are counted by the elements they really have.
 
     Example:
 
@@ -237,7 +237,7 @@ def keep_blocks(
         flat[always.ravel()] = np.inf
     target = sparsity * sizes.sum()
     if sizes.min() == sizes.max():
-        count = int(round(target / sizes[0]))
+        count = round(target / int(sizes[0]))
         order = np.argpartition(flat, count) if 0 < count < flat.size else np.arange(flat.size)
     else:
         order = np.argsort(flat, kind="stable")
@@ -251,7 +251,9 @@ def keep_blocks(
     return keep.reshape(np.shape(scores))
 
 
-def infer_block_size(weight: np.ndarray, gates: int = 1, candidates: Sequence[BlockSize] = COMMON_BLOCK_SIZES) -> BlockSize:
+def infer_block_size(
+    weight: np.ndarray, gates: int = 1, candidates: Sequence[BlockSize] = COMMON_BLOCK_SIZES
+) -> BlockSize:
     """The largest common block shape whose zero blocks explain every zero of `weight`; (1, 1) if none does.
 
     Args:

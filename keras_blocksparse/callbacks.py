@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_blocksparse.pruning import Pruner
 
@@ -14,8 +13,8 @@ from keras_blocksparse.pruning import Pruner
 class UpdatePruningStep(keras.callbacks.Callback):
     """Moves the masks of a model under pruning while `fit()` trains it.
 
-    The masks for a step are moved just before the batch that leads to it, so that other callbacks, wherever they stand in
-    the list, see weights that are sparse as of that step. The step is `optimizer.iterations`, which Keras saves and
+    The masks for a step are moved just before the batch that leads to it, so that other callbacks, wherever they stand
+    in the list, see weights that are sparse as of that step. The step is `optimizer.iterations`, which Keras saves and
     restores: an interrupted training goes on where it was. The sparsity is added to the epoch's logs as "sparsity".
 
     Warns when the schedule cannot fire, or cannot end, in the training that `fit()` was asked for.
@@ -99,7 +98,9 @@ class UpdatePruningStep(keras.callbacks.Callback):
                 continue
             if end is not None and done >= end and self._batches == 0:
                 if self.pruner.masked_sparsity() == 0:
-                    self._warn(f"never fires: its end_step={end} lies before this training, which starts at step {done}")
+                    self._warn(
+                        f"never fires: its end_step={end} lies before this training, which starts at step {done}"
+                    )
                 continue
             if not steps:
                 continue

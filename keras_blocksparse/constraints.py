@@ -1,14 +1,13 @@
 """The Keras constraint that keeps a weight block-sparse.
 
 Keras applies `variable.constraint` inside the compiled training step, right after each update. That one hook is what
-makes a weight sparse after *every* batch, in fit(), in custom loops, under jit and under distribution strategies, with no
-wrapper in the model's graph. The constraint is part of its layer's config, so that pruning survives wherever Keras copies
-a layer through its config, and a saved model that was not stripped goes on pruning.
+makes a weight sparse after *every* batch, in fit(), in custom loops, under jit and under distribution strategies, with
+no wrapper in the model's graph. The constraint is part of its layer's config, so that pruning survives wherever Keras
+copies a layer through its config, and a saved model that was not stripped goes on pruning.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import warnings
 from typing import Any
@@ -18,8 +17,9 @@ import numpy as np
 from keras import ops
 
 from keras_blocksparse import blocks, distributions
-from keras_blocksparse.schedules import PACKAGE, PruningSchedule
+from keras_blocksparse.schedules import PACKAGE
 from keras_blocksparse.serialization import LostObject, deserialize, serialize
+from keras_blocksparse.variables import creation_scope, to_numpy, untracked_variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +88,14 @@ class BlockPruning(keras.constraints.Constraint):
     """A constraint that holds masked blocks of one weight at zero, after the user's own constraint.
 
     `prune_low_magnitude_block` makes these; a `Pruner` moves their masks. A constraint binds to its variable when the
-    pruner first sees it, or else when the optimizer first calls it. At that moment, and at each start of a training, the
-    mask is read off the weight's zero blocks: a model that was loaded or restored goes on where it was, and nothing but
-    the weights themselves has to be stored.
+    pruner first sees it, or else when the optimizer first calls it. At that moment, and at each start of a training,
+    the mask is read off the weight's zero blocks: a model that was loaded or restored goes on where it was, and nothing
+    but the weights themselves has to be stored.
 
     With `revival` the constraint also keeps what the weight would have been without the mask after the last update, and
     the next ranking is made on that: a pruned block comes back if its last update beats the smallest kept block (the
-    behaviour of "Exploring Sparsity in Recurrent Neural Networks", Narang et al. 2017). Without it, what is zero stays zero.
+    behaviour of "Exploring Sparsity in Recurrent Neural Networks", Narang et al. 2017). Without it, what is zero stays
+    zero.
 
     Args:
         settings: what to prune, as `PruningSettings` or their config.
@@ -211,14 +212,14 @@ class BlockPruning(keras.constraints.Constraint):
         weight = self._checked_weight()
         if self._unmasked is None or self.kept.all():
             return weight
-        return np.where(self.grid.expand(self.kept), weight, _to_numpy(self._unmasked))
+        return np.where(self.grid.expand(self.kept), weight, to_numpy(self._unmasked))
 
     def _checked_weight(self) -> np.ndarray:
-        weight = _to_numpy(self.variable)
+        weight = to_numpy(self.variable)
         if not np.isfinite(weight).all():
             raise ValueError(
-                f"{self.variable.path} holds NaN or infinity, so its blocks cannot be ranked. Training has diverged, or "
-                "the weights were loaded from a broken file"
+                f"{self.variable.path} holds NaN or infinity, so its blocks cannot be ranked. Training has diverged, "
+                "or the weights were loaded from a broken file"
             )
         return weight
 
@@ -245,29 +246,7 @@ def _blocks_in_use(weight: np.ndarray, grid: blocks.BlockGrid) -> np.ndarray:
     return used
 
 
-def _to_numpy(variable: Any) -> np.ndarray:
-    array = ops.convert_to_numpy(variable)
-    # numpy sorts and compares bfloat16 slowly or not at all
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
-
-
-def untracked_variable(value: np.ndarray, dtype: str, name: str) -> Any:
-    """A variable that belongs to no layer or optimizer, so that no file or weight list has it."""
-    return keras.Variable(
-        value, dtype=dtype, trainable=False, autocast=False, aggregation="only_first_replica", name=name
-    )
-
-
-def creation_scope(variable: Any) -> Any:
-    """Where variables must be made to live beside `variable`: the scope of its distribution strategy, if it has one."""
-    strategy = getattr(variable.value, "distribute_strategy", None)
-    return strategy.scope() if strategy is not None else contextlib.nullcontext()
-
-
 def pruning_of(variable: Any) -> BlockPruning | None:
     """The pruning constraint of a variable, `None` if it has none."""
     constraint = getattr(variable, "constraint", None)
     return constraint if isinstance(constraint, BlockPruning) else None
-
-
-__all__ = ["BlockPruning", "PruningSchedule", "PruningSettings", "pruning_of"]

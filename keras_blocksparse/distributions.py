@@ -55,8 +55,8 @@ class Distribution:
     >>> distribution = kbs.Uniform(gate_density={"z": 1, "r": 1, "h": 4}, layer_sparsity={"decoder": 0.8})
 
     Args:
-        gate_density: relative densities of gates by name. The weight's sparsity as a whole stays what it was; gates that
-            are not named have 1. A density that would pass 100 % is cut there and the rest gets more.
+        gate_density: relative densities of gates by name. The weight's sparsity as a whole stays what it was; gates
+            that are not named have 1. A density that would pass 100 % is cut there and the rest gets more.
         layer_sparsity: final sparsity of layers whose path or `path/weight` matches a regex (`re.search`), instead of
             the schedule's; on the way they are as far along as the schedule is. The first match counts.
     """
@@ -120,7 +120,7 @@ class Distribution:
         result, gate_density = sparsities.copy(), self.gate_density or {}
         weights = np.array([f"{part.layer}/{part.weight}" for part in parts])
         for weight in set(weights):
-            index = np.flatnonzero(weights == weight)
+            index = np.flatnonzero(weights == weight).tolist()
             relative = np.array([gate_density.get(parts[i].gate, 1.0) for i in index])
             sizes = np.array([parts[i].size for i in index], float)
             density = ((1 - sparsities[index]) * sizes).sum() / sizes.sum()
@@ -206,7 +206,7 @@ class Global(Distribution):
         kinds = np.array([part.kind if self.by_kind else "" for part in parts])
         result = np.zeros(len(parts))
         for kind in set(kinds):
-            index = np.flatnonzero(kinds == kind)
+            index = np.flatnonzero(kinds == kind).tolist()
             result[index] = self._rank([parts[i] for i in index], sparsity)
         return result
 
@@ -215,7 +215,7 @@ class Global(Distribution):
         sizes = np.array([part.size for part in parts], float)
         result, free = np.zeros(len(parts)), np.ones(len(parts), bool)
         while free.any():
-            index = np.flatnonzero(free)
+            index = np.flatnonzero(free).tolist()
             zeros = sparsity * sizes.sum() - (result * sizes)[~free].sum()
             result[index] = _global_cut([parts[i] for i in index], zeros) / sizes[index]
             outside = free & ((result < low) | (result > high))
@@ -244,7 +244,7 @@ DISTRIBUTIONS = {"uniform": Uniform, "erk": ERK, "global": Global}
 
 
 def get(identifier: Any) -> Distribution:
-    """The distribution that a name, an object or a callable `(parts, sparsity) -> sparsities` stands for.
+    """The distribution that a name or an object stands for.
 
     Raises:
         ValueError: the name is not known.

@@ -35,7 +35,7 @@ class PrunableWeight:
     diagonal: bool = False
 
     def attribute(self, suffix: str) -> str:
-        """The layer's attribute for "constraint" or "regularizer": Keras has `recurrent_constraint`, `kernel_constraint`."""
+        """The layer's attribute for its "constraint" or "regularizer", such as Keras's `recurrent_constraint`."""
         return f"{self.name.removesuffix('_kernel')}_{suffix}"
 
 
@@ -52,8 +52,8 @@ class PrunableLayer:
         weights = (kbs.PrunableWeight("transform"), kbs.PrunableWeight("carry"))
     ```
 
-    If the layer takes a `<weight>_constraint` argument and returns it in `get_config()`, as Keras layers do, its pruning
-    is copied and saved with it; otherwise pruning lasts as long as the layer object.
+    If the layer takes a `<weight>_constraint` argument and returns it in `get_config()`, as Keras layers do, its
+    pruning is copied and saved with it; otherwise pruning lasts as long as the layer object.
 
     Args:
         layer: the Keras layer.
@@ -66,7 +66,7 @@ class PrunableLayer:
 
     def __init__(self, layer: Any, path: str | None = None) -> None:
         self.layer = layer
-        self.path = path or getattr(layer, "name", type(layer).__name__)
+        self.path: str = path if path is not None else str(getattr(layer, "name", type(layer).__name__))
 
     @property
     def owner(self) -> Any:

@@ -10,15 +10,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_blocksparse import blocks, distributions
-from keras_blocksparse.constraints import (
-    BlockPruning, PruningSettings, creation_scope, pruning_of, untracked_variable,
-)
+from keras_blocksparse.constraints import BlockPruning, PruningSettings, pruning_of
 from keras_blocksparse.prunable import Filters, PrunableLayer, PrunableWeight, find_prunable_layers
-from keras_blocksparse.regularizers import GroupLassoRegularizer, SumRegularizer
+from keras_blocksparse.regularizers import DrivenGroupLasso, GroupLassoRegularizer
 from keras_blocksparse.schedules import ThresholdRamp
+from keras_blocksparse.variables import to_numpy
 
 
 def prune_low_magnitude_block(
@@ -35,8 +33,8 @@ def prune_low_magnitude_block(
     """Makes a layer or model prune itself to zero blocks while it trains. Works in place and returns what it was given.
 
     The layers stay ordinary Keras layers; each weight to prune gets a constraint (`BlockPruning`), and, with
-    `group_lasso`, a regularizer beside whatever it has already. Layers that are not built yet are pruned from the moment
-    they build. To move the masks, train with the `UpdatePruningStep` callback or call `Pruner.step()` in a loop of your
+    `group_lasso`, a regularizer beside whatever it has already. Layers that are not built yet are pruned from the
+    moment they build. To move the masks, train with the `UpdatePruningStep` callback or call `Pruner.step()` in a loop of your
     own. Weights that hold zero blocks already keep them masked, so a saved model can be pruned on.
 
     In a model, recurrent, Dense and EinsumDense layers are pruned unless `filters` says otherwise; Embedding and
@@ -56,28 +54,29 @@ def prune_low_magnitude_block(
     Args:
         to_prune: Keras layer, model (Sequential, functional, subclassed), or a list of either. An object with
             `get_prunable_weights()`, as tfmot's PrunableLayer, is prunable too.
-        pruning_schedule: a `PruningSchedule`, or any callable `step -> (should_prune, sparsity)`, such as a tfmot schedule.
-            `None` with `group_lasso` trains by group lasso alone (GL); cut the small blocks with `Pruner.prune_now()`.
+        pruning_schedule: a `PruningSchedule`, or any callable `step -> (should_prune, sparsity)`, such as a tfmot
+            schedule. `None` with `group_lasso` trains by group lasso alone (GL); cut the small blocks with
+            `Pruner.prune_now()`.
         block_size: rows (inputs) and columns (outputs) of a block of the Keras weight. `(1, 1)` prunes single weights.
         score: what makes a block matter: "max" (largest magnitude, as the paper), "mean", "l2", or a callable that maps
             blocks `(n, rows, cols)` to `(n,)`.
-        distribution: how the sparsity is spread over layers and gates: "uniform", "erk", "global", "per_layer_type", or a
-            `Uniform`, `ERK` or `Global` object with densities for gates and sparsities for layers. Not used by a
+        distribution: how the sparsity is spread over layers and gates: "uniform", "erk", "global", "per_layer_type", or
+            a `Uniform`, `ERK` or `Global` object with densities for gates and sparsities for layers. Not used by a
             `ThresholdRamp`, which has a threshold for each layer type.
         group_lasso: lambda of the group lasso (GLP with a schedule, GL without), or a `GroupLassoRegularizer` whose
             `strength` and `off_at_end` are taken. By default lambda goes to 0 when the schedule ends.
         filters: regex, list of regexes (`re.search` on the layer's path, such as "encoder/forward_gru") or callable on
             the layer. What matches is pruned, as in Keras's `quantize()`.
-        keep_diagonal: keep every block that the diagonal of a recurrent kernel passes through (after LPCNet). They count
-            as kept, so the sparsity does not change.
+        keep_diagonal: keep every block that the diagonal of a recurrent kernel passes through (after LPCNet). They
+            count as kept, so the sparsity does not change.
         revival: whether a pruned block can come back until the schedule ends; see `BlockPruning`.
 
     Returns:
         `to_prune`.
 
     Raises:
-        ValueError: an argument is out of range, nothing in `to_prune` can be pruned, `filters` match nothing, a block is
-            larger than every weight, or a weight holds NaN.
+        ValueError: an argument is out of range, nothing in `to_prune` can be pruned, `filters` match nothing, a block
+            is larger than every weight, or a weight holds NaN.
         TypeError: an argument is of the wrong type.
     """
     if pruning_schedule is None and group_lasso is None:
@@ -90,7 +89,9 @@ def prune_low_magnitude_block(
             "`pruning_schedule` must be a schedule, for example kbs.ConstantSparsity(target_sparsity=0.9). "
             f"Received: pruning_schedule={pruning_schedule!r}"
         )
-    settings = PruningSettings(pruning_schedule, block_size, score, distribution, keep_diagonal, revival)
+    settings = PruningSettings(
+        pruning_schedule, block_size, score, distributions.get(distribution), keep_diagonal, revival
+    )
     lasso = _lasso_template(group_lasso, settings.block_size)
     _check_overrides(settings)
     layers = _layers_to_prune(to_prune, filters)
@@ -125,8 +126,8 @@ def strip_pruning(model: Any) -> Any:
                     setattr(holder, name, value.constraint)
             for holder, name in _holders(layer, spec, "regularizer"):
                 value = getattr(holder, name, None)
-                if isinstance(value, _DrivenGroupLasso):
-                    setattr(holder, name, value.user_regularizer)
+                if isinstance(value, DrivenGroupLasso):
+                    setattr(holder, name, value.regularizer)
     _forget_compiled_step(model)
     return model
 
@@ -141,7 +142,7 @@ def sparsity(model: Any) -> float:
         ValueError: no prunable layer is built.
     """
     variables = [variable for _, _, variable in pruned_or_prunable_weights(model)]
-    zeros = sum(int(np.count_nonzero(ops.convert_to_numpy(v) == 0)) for v in variables)
+    zeros = sum(int(np.count_nonzero(to_numpy(v) == 0)) for v in variables)
     return zeros / sum(int(np.prod(v.shape)) for v in variables)
 
 
@@ -219,7 +220,7 @@ class Pruner:
         #: Latest threshold of a `ThresholdRamp`, for each block kind: `{"recurrent": 0.03}`.
         self.thresholds: dict[str, float] = {}
         self._targets: list[_Target] = []
-        self._regularizers: list[tuple[_DrivenGroupLasso, BlockPruning]] = []
+        self._regularizers: list[tuple[DrivenGroupLasso, BlockPruning]] = []
         self._warned: set[str] = set()
         self._last_step = -1
         self.refresh()
@@ -238,7 +239,7 @@ class Pruner:
             if constraint is None:
                 continue
             constraint.bind(variable)
-            if isinstance(variable.regularizer, _DrivenGroupLasso):
+            if isinstance(variable.regularizer, DrivenGroupLasso):
                 stale |= variable.regularizer.drive(variable)
                 self._regularizers.append((variable.regularizer, constraint))
             if not constraint.skipped:
@@ -253,7 +254,7 @@ class Pruner:
         """Updates done so far: the optimizer's, or the calls of `step()`."""
         if self.optimizer is None:
             return max(self._last_step, 0)
-        return int(np.max(ops.convert_to_numpy(_local(self.optimizer.iterations))))
+        return int(to_numpy(self.optimizer.iterations))
 
     @property
     def settings(self) -> list[PruningSettings]:
@@ -263,7 +264,7 @@ class Pruner:
     @property
     def strengths(self) -> dict[str, float]:
         """Lambda of the group lasso now, by path of the weight."""
-        return {c.variable.path: regularizer.current_strength for regularizer, c in self._regularizers}
+        return {c.variable.path: regularizer.strength for regularizer, c in self._regularizers}
 
     def resume(self) -> None:
         """Reads masks and step off the weights and the optimizer, after they were loaded or set from outside."""
@@ -321,7 +322,7 @@ class Pruner:
             parts = [part for target in targets for part in target.parts()]
             if sparsity is not None:
                 wanted = settings.distribution(parts, sparsity, getattr(settings.schedule, "final_sparsity", sparsity))
-            else:
+            elif threshold is not None:
                 wanted = np.array([_share_below(part, threshold) for part in parts])
             self._keep(targets, parts, wanted)
         return self.sparsity()
@@ -365,8 +366,8 @@ class Pruner:
             if share > ramp.max_sparsity:
                 self._warn_once(
                     f"At step {step} the threshold {self.thresholds[part.kind]:.4g} would zero {share:.1%} of "
-                    f"{_part_name(part)}; it is held at max_sparsity={ramp.max_sparsity}. A smaller q or block_exponent "
-                    "would prune it less",
+                    f"{_part_name(part)}; it is held at max_sparsity={ramp.max_sparsity}. A smaller q or "
+                    "block_exponent would prune it less",
                     key=f"cap {_part_name(part)}",
                 )
         return np.minimum(wanted, ramp.max_sparsity)
@@ -379,7 +380,9 @@ class Pruner:
                 kept.append(blocks.keep_blocks(part.scores, part.elements, float(share), target.always()))
                 reached = 1 - (kept[-1] * part.elements).sum() / part.size
                 if reached < share - part.elements.max() / part.size:
-                    why = "keep_diagonal keeps more than that" if target.always() is not None else "it has so few blocks"
+                    why = (
+                        "keep_diagonal keeps more than that" if target.always() is not None else "it has so few blocks"
+                    )
                     self._warn_once(
                         f"{_part_name(part)} is asked to be {share:.1%} zero and is left at {reached:.1%}: {why}. "
                         f"A smaller block than {target.constraint.settings.block_size} would help",
@@ -391,11 +394,11 @@ class Pruner:
         for regularizer, constraint in self._regularizers:
             end = constraint.settings.end_step
             over = constraint.settings.schedule is not None and end is not None and step >= end
-            regularizer.switch(on=not (constraint.skipped or (over and regularizer.off_at_end)))
+            regularizer.switch(on=not (constraint.skipped or (over and regularizer.group_lasso.off_at_end)))
 
     def _moving_averages(self, variable: Any) -> list[Any]:
         """The optimizer's moving average of a variable: it would be written back over the masked weight, dense."""
-        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        optimizer: Any = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         if not getattr(optimizer, "use_ema", False):
             return []
         if not optimizer.built:
@@ -425,43 +428,6 @@ class Pruner:
         raise ValueError(
             f"Nothing in {self.model!r} is under pruning. Call kbs.prune_low_magnitude_block(model, ...) first"
         )
-
-
-@keras.saving.register_keras_serializable(package="keras_blocksparse", name="DrivenGroupLasso")
-class _DrivenGroupLasso(SumRegularizer):
-    """The user's regularizer and a group lasso whose strength a pruner can switch."""
-
-    def __init__(self, first: Any, second: Any) -> None:
-        super().__init__(first, second)
-        self._weight: Any = None
-
-    def __call__(self, x: Any) -> Any:
-        return self.second(x) if self.first is None else super().__call__(x)
-
-    @property
-    def user_regularizer(self) -> Any:
-        return self.first
-
-    @property
-    def off_at_end(self) -> bool:
-        return self.second.off_at_end
-
-    @property
-    def current_strength(self) -> float:
-        return self.second.strength * float(np.max(ops.convert_to_numpy(_local(self.second.factor))))
-
-    def drive(self, variable: Any) -> bool:
-        """Makes the strength switchable. Returns whether it was not before."""
-        if self._weight is variable:
-            return False
-        with creation_scope(variable):
-            self.second.factor = untracked_variable(np.float32(1), "float32", f"{variable.name}_group_lasso")
-        self._weight = variable
-        return True
-
-    def switch(self, on: bool) -> None:
-        if self._weight is not None:
-            self.second.factor.assign(1.0 if on else 0.0)
 
 
 def _lasso_template(group_lasso: Any, block_size: blocks.BlockSize) -> GroupLassoRegularizer | None:
@@ -523,14 +489,14 @@ def _attach_weight(
 
     holders = _holders(layer, spec, "regularizer")
     user_regularizer = getattr(*holders[0], None) if holders else None
-    if isinstance(user_regularizer, _DrivenGroupLasso):
-        user_regularizer = user_regularizer.user_regularizer
+    if isinstance(user_regularizer, DrivenGroupLasso):
+        user_regularizer = user_regularizer.regularizer
     regularizer: Any = user_regularizer
     if lasso is not None and not constraint.skipped:
         group_lasso = GroupLassoRegularizer(
             lasso.strength, settings.block_size, len(spec.gates), spec.row_axes, lasso.off_at_end
         )
-        regularizer = _DrivenGroupLasso(user_regularizer, group_lasso)
+        regularizer = DrivenGroupLasso(group_lasso, user_regularizer)
     for holder, name in holders:
         setattr(holder, name, regularizer)
     return constraint
@@ -588,14 +554,6 @@ def _part_name(part: distributions.Part) -> str:
 
 def _share_below(part: distributions.Part, threshold: float) -> float:
     return float(part.elements[part.scores < threshold].sum() / part.size)
-
-
-def _local(variable: Any) -> Any:
-    """The value of a variable that may be mirrored over devices."""
-    import tensorflow as tf
-
-    value = getattr(variable, "value", variable)
-    return tf.distribute.get_strategy().experimental_local_results(value)[0]
 
 
 def _forget_compiled_step(model: Any) -> None:

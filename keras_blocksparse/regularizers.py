@@ -7,10 +7,12 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_blocksparse.blocks import BlockGrid, BlockSize, check_block_size
 from keras_blocksparse.schedules import PACKAGE
+from keras_blocksparse.variables import creation_scope, to_numpy, untracked_variable
 
 # Added under the root: the gradient of the norm is 0 at a block of zeros instead of NaN.
 TINY = 1e-12
@@ -34,8 +36,8 @@ class GroupLassoRegularizer(keras.regularizers.Regularizer):
         gates: equal parts beside each other in the last axis that blocks must not straddle: 3 for the kernels of a GRU,
             4 for an LSTM.
         row_axes: how many leading axes of the weight are inputs; all but the last if `None`.
-        off_at_end: whether lambda goes to 0 when the pruning schedule that drives the weight ends (GLP), or stays on for
-            the whole training. Without a schedule it always stays on.
+        off_at_end: whether lambda goes to 0 when the pruning schedule that drives the weight ends (GLP), or stays on
+            for the whole training. Without a schedule it always stays on.
 
     Raises:
         ValueError: `strength` is negative or not finite, or `block_size` is no pair of positive integers.
@@ -52,8 +54,6 @@ class GroupLassoRegularizer(keras.regularizers.Regularizer):
         self.gates = gates
         self.row_axes = row_axes
         self.off_at_end = off_at_end
-        # Factor on the strength. A variable only once a pruner drives it, since a compiled step could not see a float move.
-        self.factor: Any = 1.0
 
     def __call__(self, x: Any) -> Any:
         """The penalty of weight `x`, a float32 scalar; 0 with a warning if `x` is smaller than one block."""
@@ -62,7 +62,7 @@ class GroupLassoRegularizer(keras.regularizers.Regularizer):
         except ValueError as error:
             warnings.warn(f"Group lasso leaves a weight alone: {error}", stacklevel=2)
             return ops.zeros((), "float32")
-        return self.strength * ops.cast(self.factor, "float32") * ops.sum(block_norms(x, grid))
+        return self.strength * ops.sum(block_norms(x, grid))
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -84,23 +84,50 @@ def block_norms(x: Any, grid: BlockGrid) -> Any:
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class SumRegularizer(keras.regularizers.Regularizer):
-    """The sum of two regularizers: the user's own and the group lasso beside it.
+class DrivenGroupLasso(keras.regularizers.Regularizer):
+    """A group lasso that a pruner switches on and off, beside the user's own regularizer.
 
     Args:
-        first: a Keras regularizer.
-        second: a Keras regularizer.
+        group_lasso: a `GroupLassoRegularizer`.
+        regularizer: the Keras regularizer that the weight had before, or `None`.
     """
 
-    def __init__(self, first: Any, second: Any) -> None:
-        self.first = keras.regularizers.get(first)
-        self.second = keras.regularizers.get(second)
+    def __init__(self, group_lasso: Any, regularizer: Any = None) -> None:
+        self.group_lasso = keras.regularizers.get(group_lasso)
+        self.regularizer = keras.regularizers.get(regularizer)
+        # On or off: a variable once a pruner drives it, since a compiled step could not see a number move.
+        self._switch: Any = None
+        self._weight: Any = None
 
     def __call__(self, x: Any) -> Any:
-        """The sum of both penalties."""
-        return self.first(x) + self.second(x)
+        """Both penalties of weight `x`, a scalar."""
+        penalty = self.group_lasso(x)
+        if self._switch is not None:
+            penalty = penalty * ops.convert_to_tensor(self._switch)
+        return penalty if self.regularizer is None else penalty + ops.cast(self.regularizer(x), penalty.dtype)
+
+    @property
+    def strength(self) -> float:
+        """Lambda now."""
+        return self.group_lasso.strength * (1.0 if self._switch is None else float(to_numpy(self._switch)))
+
+    def drive(self, variable: Any) -> bool:
+        """Makes lambda switchable for the weight `variable`. Returns whether it was not before."""
+        if self._weight is variable:
+            return False
+        with creation_scope(variable):
+            self._switch = untracked_variable(np.ones((), np.float32), "float32", f"{variable.name}_group_lasso")
+        self._weight = variable
+        return True
+
+    def switch(self, on: bool) -> None:
+        """Sets lambda to its strength or to 0. Only after `drive`."""
+        self._switch.assign(1.0 if on else 0.0)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         serialize = keras.regularizers.serialize
-        return {"first": serialize(self.first), "second": serialize(self.second)}
+        return {
+            "group_lasso": serialize(self.group_lasso),
+            "regularizer": None if self.regularizer is None else serialize(self.regularizer),
+        }

@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
+from keras_blocksparse.variables import to_numpy
+
 PACKAGE = "keras_blocksparse"
 FOREVER = -1  # tfmot's word for "no end"
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: Any, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
@@ -244,7 +246,9 @@ class ThresholdRamp(PruningSchedule):
         _check_sparsity("max_sparsity", self.max_sparsity)
 
     @classmethod
-    def from_epochs(cls, q: float | Mapping[str, float], *, epochs: int, steps_per_epoch: int, **kwargs: Any) -> ThresholdRamp:
+    def from_epochs(
+        cls, q: float | Mapping[str, float], *, epochs: int, steps_per_epoch: int, **kwargs: Any
+    ) -> ThresholdRamp:
         """The paper's heuristics: begin with the second epoch, second slope at 20 %, end at 40 % of `epochs`.
 
         Args:
@@ -276,15 +280,16 @@ class ThresholdRamp(PruningSchedule):
             **kwargs: any other argument of the class.
 
         Raises:
-            ValueError: the model is not built, has nothing prunable, or only one of `epochs` and `steps_per_epoch` is given.
+            ValueError: the model is not built, has nothing prunable, or only one of `epochs` and `steps_per_epoch` is
+                given.
         """
-        from keras_blocksparse.prunable import find_prunable_layers  # prunable imports schedules' package constant
+        from keras_blocksparse.prunable import find_prunable_layers  # stands above schedules
 
         _require(0 < sparsity < 1, f"`sparsity` must be in (0, 1). Received: sparsity={sparsity!r}")
         magnitudes: dict[str, list[np.ndarray]] = {}
         for layer in find_prunable_layers(model, filters):
             for spec, variable in layer.built_weights():
-                magnitudes.setdefault(spec.kind, []).append(np.abs(keras.ops.convert_to_numpy(variable)).ravel())
+                magnitudes.setdefault(spec.kind, []).append(np.abs(to_numpy(variable)).ravel())
         _require(bool(magnitudes), "The model has no built prunable layer to read `q` from; build and train it first")
         q = {kind: float(np.quantile(np.concatenate(parts), sparsity)) for kind, parts in magnitudes.items()}
         if epochs is None and steps_per_epoch is None:
