@@ -37,16 +37,32 @@ class UpdatePruningStep(keras.callbacks.Callback):
         """Finds what to prune, before the training step is compiled."""
         self._batches, self._warned = 0, False
         self.pruner = None
-        if any(True for _ in self.model.trainable_variables) or self.model.built:
-            self._make_pruner()
+        if self.model.built:
+            self.pruner = Pruner(self.model)
+            self._renew_compiled_step()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Moves the masks for the step that this batch leads to."""
-        if self._batches < 2:
-            self._settle()
+        if self.pruner is None:
+            return
+        if self._batches == 0:
+            # Only now: a callback later in the list may have restored a backup.
+            self.pruner.resume()
+            self._check_schedules()
+        elif self._batches == 1:
+            self.pruner.refresh()
+            self._renew_compiled_step()
         self._batches += 1
-        if self.pruner is not None:
-            self.pruner.advance(self.pruner.iterations + getattr(self.model, "steps_per_execution", 1))
+        self.pruner.advance(self.pruner.iterations + getattr(self.model, "steps_per_execution", 1))
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Takes over a model that Keras could not build before its first batch."""
+        if self.pruner is None:
+            self.pruner = Pruner(self.model)
+            self._renew_compiled_step()
+            self._check_schedules()
+            self.pruner.advance(self.pruner.iterations)
+            self._batches = 2
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the sparsity to the logs."""
@@ -68,23 +84,10 @@ class UpdatePruningStep(keras.callbacks.Callback):
                     stacklevel=2,
                 )
 
-    def _make_pruner(self) -> None:
-        self.pruner = Pruner(self.model)
-        if self.pruner.refresh():
-            self.model.make_train_function(force=True)
-
-    def _settle(self) -> None:
-        """Before the first two batches: a subclassed model may be built, or a backup restored, only now."""
-        assert self.model is not None
-        if self._batches == 0:
-            if self.pruner is not None:
-                self.pruner.resume()
-                self._check_schedules()
-            return
-        if self.pruner is None:
-            self._make_pruner()
-            self._check_schedules()
-        elif self.pruner.refresh():
+    def _renew_compiled_step(self) -> None:
+        assert self.pruner is not None
+        if self.pruner.needs_new_step:
+            self.pruner.needs_new_step = False
             self.model.make_train_function(force=True)
 
     def _check_schedules(self) -> None:

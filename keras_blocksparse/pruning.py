@@ -34,8 +34,8 @@ def prune_low_magnitude_block(
 
     The layers stay ordinary Keras layers; each weight to prune gets a constraint (`BlockPruning`), and, with
     `group_lasso`, a regularizer beside whatever it has already. Layers that are not built yet are pruned from the
-    moment they build. To move the masks, train with the `UpdatePruningStep` callback or call `Pruner.step()` in a loop of your
-    own. Weights that hold zero blocks already keep them masked, so a saved model can be pruned on.
+    moment they build. To move the masks, train with the `UpdatePruningStep` callback or call `Pruner.step()` in a loop
+    of your own. Weights that hold zero blocks already keep them masked, so a saved model can be pruned on.
 
     In a model, recurrent, Dense and EinsumDense layers are pruned unless `filters` says otherwise; Embedding and
     convolutions only if a filter matches them. Biases never are. A weight smaller than one block is left alone, with a
@@ -219,7 +219,10 @@ class Pruner:
         self.optimizer = optimizer if optimizer is not None else getattr(model, "optimizer", None)
         #: Latest threshold of a `ThresholdRamp`, for each block kind: `{"recurrent": 0.03}`.
         self.thresholds: dict[str, float] = {}
+        #: Whether a training step that was compiled before this pruner was made misses something that it drives.
+        self.needs_new_step = False
         self._targets: list[_Target] = []
+        self._groups: list[tuple[PruningSettings, list[_Target]]] = []
         self._regularizers: list[tuple[DrivenGroupLasso, BlockPruning]] = []
         self._warned: set[str] = set()
         self._last_step = -1
@@ -228,26 +231,30 @@ class Pruner:
             self._raise_nothing_to_drive()
         self.resume()
 
-    def refresh(self) -> bool:
-        """Takes in weights that were built since the last call. Returns whether a compiled step must be made anew."""
+    def refresh(self) -> None:
+        """Takes in weights that were built since the last call, and sets `needs_new_step`."""
         layers = find_prunable_layers(self.model, everything=True)
         pairs = [(layer, spec, variable) for layer in layers for spec, variable in _built_weights(layer)]
-        self._targets, self._regularizers = [], []
-        stale = False
+        self._targets, self._regularizers, self._groups = [], [], []
         for layer, spec, variable in pairs:
             constraint = pruning_of(variable)
             if constraint is None:
                 continue
             constraint.bind(variable)
             if isinstance(variable.regularizer, DrivenGroupLasso):
-                stale |= variable.regularizer.drive(variable)
+                self.needs_new_step |= variable.regularizer.drive(variable)
                 self._regularizers.append((variable.regularizer, constraint))
             if not constraint.skipped:
-                stale |= not constraint.traced
+                self.needs_new_step |= variable.trainable and not constraint.traced
                 constraint.driven = True
                 constraint.averages = self._moving_averages(variable)
                 self._targets.append(_Target(layer, spec, constraint))
-        return stale
+        for target in self._targets:
+            group = next((members for s, members in self._groups if s == target.constraint.settings), None)
+            if group is None:
+                self._groups.append((target.constraint.settings, [target]))
+            else:
+                group.append(target)
 
     @property
     def iterations(self) -> int:
@@ -259,7 +266,7 @@ class Pruner:
     @property
     def settings(self) -> list[PruningSettings]:
         """The different settings that the model's weights are pruned by."""
-        return list(dict.fromkeys(target.constraint.settings for target in self._targets))
+        return [settings for settings, _ in self._groups]
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -290,7 +297,7 @@ class Pruner:
     def advance(self, step: int) -> bool:
         """Does what the schedules want up to `step`. Returns whether a mask moved."""
         moved = False
-        for settings, targets in self._groups():
+        for settings, targets in self._groups:
             due = settings.latest_update(self._last_step, step)
             if due is not None:
                 self._update(settings, targets, settings.schedule(due)[1], due)
@@ -318,7 +325,7 @@ class Pruner:
             raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity!r}")
         if threshold is not None and not 0 <= threshold < np.inf:
             raise ValueError(f"`threshold` must be a finite number >= 0. Received: threshold={threshold!r}")
-        for settings, targets in self._groups():
+        for settings, targets in self._groups:
             parts = [part for target in targets for part in target.parts()]
             if sparsity is not None:
                 wanted = settings.distribution(parts, sparsity, getattr(settings.schedule, "final_sparsity", sparsity))
@@ -341,9 +348,6 @@ class Pruner:
         """Sets masked blocks to zero, after something other than the optimizer wrote to the weights."""
         for target in self._targets:
             target.constraint.apply()
-
-    def _groups(self) -> list[tuple[PruningSettings, list[_Target]]]:
-        return [(s, [t for t in self._targets if t.constraint.settings == s]) for s in self.settings]
 
     def _update(self, settings: PruningSettings, targets: list[_Target], goal: Any, step: int) -> None:
         parts = [part for target in targets for part in target.parts()]
