@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_blocksparse.pruning import Pruner
+from keras_blocksparse.pruning import Pruner, waiting_constraints
 
 
 class UpdatePruningStep(keras.callbacks.Callback):
@@ -40,6 +40,9 @@ class UpdatePruningStep(keras.callbacks.Callback):
         if self.model.built:
             self.pruner = Pruner(self.model)
             self._renew_compiled_step()
+        else:
+            for constraint in waiting_constraints(self.model):
+                constraint.driven = True  # by this callback, from the end of the first batch on
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Moves the masks for the step that this batch leads to."""

@@ -19,7 +19,7 @@ from keras import ops
 from keras_blocksparse import blocks, distributions
 from keras_blocksparse.schedules import PACKAGE
 from keras_blocksparse.serialization import LostObject, deserialize, serialize
-from keras_blocksparse.variables import creation_scope, to_numpy, untracked_variable
+from keras_blocksparse.variables import creation_scope, has_value, to_numpy, untracked_variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +170,13 @@ class BlockPruning(keras.constraints.Constraint):
             self.skipped = str(error)
             warnings.warn(f"{variable.path} is not pruned. {error}", stacklevel=2)
             return
-        weight = self._checked_weight()
-        self.kept = _blocks_in_use(weight, self.grid)
+        if has_value(variable):
+            weight = self._checked_weight()
+            self.kept = _blocks_in_use(weight, self.grid)
+        else:
+            # Keras builds a model without an Input inside its first compiled step, where weights get values only when it
+            # runs. They will be fresh ones.
+            weight, self.kept = np.zeros(self.grid.shape), np.ones(self.grid.grid_shape, bool)
         with creation_scope(variable):
             self._mask = untracked_variable(self.grid.expand(self.kept), "bool", f"{variable.name}_mask")
             if self.settings.revival:

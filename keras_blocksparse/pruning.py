@@ -427,7 +427,7 @@ class Pruner:
         ]
         if skipped:
             raise ValueError("No weight can be pruned with the block_size that was asked for:\n" + "\n".join(skipped))
-        if any(_pending(layer) for layer in layers):
+        if waiting_constraints(self.model):
             raise ValueError("The model is not built yet. Call it on a batch, or give it an Input, before using Pruner")
         raise ValueError(
             f"Nothing in {self.model!r} is under pruning. Call kbs.prune_low_magnitude_block(model, ...) first"
@@ -544,12 +544,15 @@ def _built_weights(layer: PrunableLayer) -> list[tuple[PrunableWeight, Any]]:
         return []
 
 
-def _pending(layer: PrunableLayer) -> bool:
-    return any(
-        isinstance(getattr(holder, name, None), BlockPruning)
+def waiting_constraints(model: Any) -> list[BlockPruning]:
+    """The constraints of weights that are under pruning but not built yet."""
+    return [
+        constraint
+        for layer in find_prunable_layers(model, everything=True)
         for spec in _specs(layer)
         for holder, name in _holders(layer, spec, "constraint")
-    )
+        if isinstance(constraint := getattr(holder, name, None), BlockPruning) and constraint.variable is None
+    ]
 
 
 def _part_name(part: distributions.Part) -> str:

@@ -28,3 +28,8 @@ def creation_scope(variable: Any) -> Any:
     """Where variables must be made to live beside `variable`: the scope of its distribution strategy, if it has one."""
     strategy = getattr(variable.value, "distribute_strategy", None)
     return strategy.scope() if strategy is not None else contextlib.nullcontext()
+
+
+def has_value(variable: Any) -> bool:
+    """Whether a variable can be read: not so while the step that makes it is being compiled."""
+    return bool(np.all(variable.value.is_initialized()))
