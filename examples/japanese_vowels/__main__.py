@@ -5,17 +5,14 @@ rest. The test set is scored once, at the end, by the default.
 """
 
 import argparse
-import contextlib
-import os
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.japanese_vowels.data import CACHE, held_out, load
+from examples.japanese_vowels.data import CACHE, Utterances, held_out, load
+from examples.japanese_vowels.quiet import quiet
 
 
 def positive(text: str) -> int:
@@ -38,8 +35,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive, default=60, help="epochs, the same for both kinds")
     add("--units", type=positive, default=256, help="units of the GRU")
     add("--block-size", type=positive, nargs=2, default=[16, 16], metavar=("ROWS", "COLS"), help="inputs, outputs")
+    add("--learning-rate", type=float, default=1e-3, help="of Adam, falling to 0 by a cosine")
     add("--sparsity", type=float, default=0.9, help="share of zeros when the schedule ends")
-    add("--group-lasso", type=float, default=1e-3, help="lambda while the schedule runs; 0 for none")
+    add("--group-lasso", type=float, default=3e-3, help="lambda while the schedule runs; 0 for none")
     add("--begin", type=float, default=0.1, help="share of the training after which pruning begins")
     add("--end", type=float, default=0.5, help="share of the training at which pruning ends")
     add(
@@ -56,39 +54,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@contextlib.contextmanager
-def quiet_start() -> Iterator[None]:
-    """Drop what TensorFlow's libraries write to stderr while they load, before they read any log level."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as sink:
-            os.dup2(sink.fileno(), 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the whole way: load, train, strip, export, compare, write."""
     args = parse_args(argv)
     start = time.perf_counter()
     console = Console()
-    with quiet_start():  # after the arguments are read, so that --help need not wait for TensorFlow
+    with quiet():  # after the arguments are read, so that --help need not wait for TensorFlow
         from examples.japanese_vowels import results, training
 
-    train_set, scored = load(args.cache)
-    if args.evaluate == "held-out":
-        train_set, scored = held_out(train_set, share=1 / 3, seed=0)
+    train_set, test_set = load(args.cache)
+
+    def data_of(seed: int) -> tuple[Utterances, Utterances]:
+        return held_out(train_set, share=1 / 3, seed=seed) if args.evaluate == "held-out" else (train_set, test_set)
+
+    fitted, scored = (len(part) for part in data_of(0))
+    frames, cepstra = train_set.x.shape[1:]
     console.print(
-        f"JapaneseVowels: {len(train_set)} utterances to train on, {len(scored)} to score, 9 speakers, "
-        f"up to {train_set.x.shape[1]} frames of 12 cepstra."
+        f"JapaneseVowels: {fitted} utterances to train on, {scored} to score; 9 speakers, up to {frames} frames of"
+        f" {cepstra} cepstra."
     )
     recipe = training.Recipe(
         epochs=args.epochs,
         units=args.units,
+        learning_rate=args.learning_rate,
         block_size=(args.block_size[0], args.block_size[1]),
         sparsity=args.sparsity,
         group_lasso=args.group_lasso,
@@ -112,11 +100,11 @@ def main(argv: list[str] | None = None) -> None:
                 def show(loss: float, zeros: float, task=task) -> None:
                     progress.update(task, advance=1, loss=f"{loss:.4f}", zeros=f"{zeros:4.0%}")
 
-                runs.append(training.train(kind, seed, train_set, scored, recipe, show))
+                runs.append(training.train(kind, seed, *data_of(seed), recipe, show))
                 progress.stop_task(task)
 
     with console.status("Exporting, and running the files on the stock interpreter"):
-        files = results.export(runs, scored, args.output)
+        files = results.export(runs, data_of(0)[1], args.output)
         pictures = results.draw(runs, recipe, args.output)
     outcome = results.Outcome(recipe, runs, files, scored_on=args.evaluate, seconds=time.perf_counter() - start)
     console.print(outcome.table())

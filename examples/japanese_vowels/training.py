@@ -13,7 +13,6 @@ from examples.japanese_vowels.data import Utterances
 SPEAKERS = 9
 CEPSTRA = 12
 BATCH = 16
-LEARNING_RATE = 2e-3
 KINDS = ("dense", "sparse")
 
 
@@ -23,6 +22,7 @@ class Recipe:
 
     epochs: int
     units: int
+    learning_rate: float
     block_size: tuple[int, int]
     sparsity: float
     group_lasso: float
@@ -79,7 +79,7 @@ def prune(model: keras.Model, steps: int, recipe: Recipe) -> None:
     """Make `model` lose its blocks while it trains: group lasso and pruning together (GLP)."""
     with warnings.catch_warnings():
         # 12 cepstra are fewer rows than a block has: the input kernel stays dense, and is meant to.
-        warnings.filterwarnings("ignore", message=".*smaller than.*block")
+        warnings.filterwarnings("ignore", message=".*kernel is not pruned. The block is larger")
         kbs.prune_low_magnitude_block(
             model,
             pruning_schedule=kbs.PolynomialDecay(
@@ -113,7 +113,7 @@ def train(
         prune(model, steps, recipe)
         callbacks.insert(0, kbs.UpdatePruningStep())
     model.compile(
-        optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)),
+        optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(recipe.learning_rate, steps)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     model.fit(train_set.x, train_set.y, batch_size=BATCH, epochs=recipe.epochs, verbose=0, callbacks=callbacks)
