@@ -174,8 +174,8 @@ class BlockPruning(keras.constraints.Constraint):
             weight = self._checked_weight()
             self.kept = _blocks_in_use(weight, self.grid)
         else:
-            # Keras builds a model without an Input inside its first compiled step, where weights get values only when it
-            # runs. They will be fresh ones.
+            # Keras builds a model without an Input inside its first compiled step, where weights get values only when
+            # it runs. They will be fresh ones.
             weight, self.kept = np.zeros(self.grid.shape), np.ones(self.grid.grid_shape, bool)
         with creation_scope(variable):
             self._mask = untracked_variable(self.grid.expand(self.kept), "bool", f"{variable.name}_mask")
