@@ -21,7 +21,7 @@ from keras_blocksparse.variables import to_numpy
 
 def prune_low_magnitude_block(
     to_prune: Any,
-    pruning_schedule: Any,
+    pruning_schedule: Any = None,
     block_size: blocks.BlockSize = (16, 16),
     score: blocks.Score = "max",
     distribution: str | distributions.Distribution = "uniform",
