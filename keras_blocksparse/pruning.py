@@ -78,7 +78,11 @@ def prune_low_magnitude_block(
         ValueError: an argument is out of range, nothing in `to_prune` can be pruned, `filters` match nothing, a block
             is larger than every weight, or a weight holds NaN.
         TypeError: an argument is of the wrong type.
+        RuntimeError: Keras runs on another backend than TensorFlow.
     """
+    if keras.config.backend() != "tensorflow":
+        # JAX would bake the masks into its compiled step, and they would never move: no silent dense training.
+        raise RuntimeError(f"keras_blocksparse needs Keras's TensorFlow backend. Received: {keras.config.backend()!r}")
     if pruning_schedule is None and group_lasso is None:
         raise ValueError(
             "Nothing to do: give a `pruning_schedule` (block pruning), a `group_lasso` strength, or both. "
