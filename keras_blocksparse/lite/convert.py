@@ -107,7 +107,7 @@ def input_specs(model: Any, batch_size: int, timesteps: int | None, streaming: b
     Raises:
         ValueError: a shape that stays open, or that contradicts the arguments.
     """
-    if model.inputs:
+    if getattr(model, "inputs", None):
         shapes = [(t._keras_history.operation.name, tuple(t.shape), t.dtype) for t in model.inputs]
     else:
         config = model.get_build_config() or {}
@@ -183,23 +183,31 @@ def call_model(model: Any, tensors: list[Any]) -> tuple[list[Any], list[str]]:
 
 
 @contextlib.contextmanager
-def float32_compute(model: Any) -> Iterator[None]:
-    """Lets every layer compute in float32 while the context lasts.
+def plain_inference(model: Any) -> Iterator[None]:
+    """Lets every layer compute in float32 and without dropout while the context lasts.
 
-    Under a mixed policy the variables are float32 already; only the arithmetic would be 16 bit, which TFLite has no kernels for.
+    Under a mixed policy the variables are float32 already; only the arithmetic would be 16 bit, which TFLite has no kernels for. And
+    recurrent cells draw their dropout masks at inference too, if only to leave them unused: an operation that changes a variable.
     """
     import keras
 
-    changed = []
+    changed: list[tuple[Any, str, Any]] = []
+
+    def change(layer: Any, name: str, value: Any) -> None:
+        changed.append((layer, name, getattr(layer, name)))
+        setattr(layer, name, value)
+
     try:
         for layer in layers_of(model):
             if getattr(layer, "compute_dtype", "float32") in ("float16", "bfloat16"):
-                changed.append((layer, layer.dtype_policy))
-                layer.dtype_policy = keras.DTypePolicy("float32")
+                change(layer, "dtype_policy", keras.DTypePolicy("float32"))
+            for rate in ("dropout", "recurrent_dropout"):
+                if isinstance(vars(layer).get(rate), float) and vars(layer)[rate] > 0:
+                    change(layer, rate, 0.0)
         yield
     finally:
-        for layer, policy in changed:
-            layer.dtype_policy = policy
+        for layer, name, value in changed:
+            setattr(layer, name, value)
 
 
 @dataclass
@@ -307,8 +315,9 @@ def trace(model: Any, specs: list[InputSpec], streaming: bool) -> Traced:
         outputs, traced.output_names = call_model(model, list(tensors))
         return _named(outputs)
 
-    with float32_compute(model):
+    with plain_inference(model):
         traced.function = tf.function(function, autograph=False).get_concrete_function(*_tensor_specs(specs))
+    _refuse_assignments(traced.function)
     return traced
 
 
@@ -348,11 +357,20 @@ def _trace_streaming(model: Any, specs: list[InputSpec]) -> Traced:
                 raise ValueError(f"streaming=True cannot export layer {layer.name!r}: the model does not call it.")
         return _named([*outputs, *(s for layer in layers for s in outgoing[id(layer)])])
 
-    with float32_compute(model):
+    with plain_inference(model):
         traced.function = tf.function(function, autograph=False).get_concrete_function(
             *_tensor_specs([*specs, *traced.states])
         )
+    _refuse_assignments(traced.function)
     return traced
+
+
+def _refuse_assignments(function: Any) -> None:
+    names = [op.name for op in function.graph.get_operations() if op.type.startswith("Assign")]
+    if names:
+        raise ExportError(
+            f"The model changes variables when it is called for inference ({names[0]}), which the exported file would not do."
+        )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -58,6 +58,8 @@ class BlockCSR:
 def encode_blocks(matrix: np.ndarray, block: tuple[int, int]) -> BlockCSR:
     """Keeps the blocks of `matrix` that hold at least one element other than zero.
 
+    A matrix of zeros keeps its first block: TFLite takes a tensor without a byte of data for one that is yet to be computed.
+
     Args:
         matrix: 2-D array.
         block: `(rows, cols)` of a block. Both must divide the shape of the matrix: the kernels read whole blocks.
@@ -76,6 +78,8 @@ def encode_blocks(matrix: np.ndarray, block: tuple[int, int]) -> BlockCSR:
         raise ValueError(f"Blocks must divide the matrix. Received: shape={matrix.shape}, block={block}")
     tiles = matrix.reshape(rows // height, height, cols // width, width).swapaxes(1, 2)
     keep = (tiles != 0).any(axis=(2, 3))
+    if keep.size and not keep.any():
+        keep[0, 0] = True
     segments = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int64)
     return BlockCSR(
         shape=(rows, cols),

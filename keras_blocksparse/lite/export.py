@@ -11,6 +11,7 @@ from typing import Any
 
 from keras_blocksparse.lite import convert, validation
 from keras_blocksparse.lite.flatbuffer import Flatbuffer
+from keras_blocksparse.lite.hoist import hoist_input_projections
 from keras_blocksparse.lite.report import ExportReport
 from keras_blocksparse.lite.sparsify import fill_zeros, keras_weights, sparsify
 
@@ -127,6 +128,7 @@ def export_tflite(
             files[name].write_bytes(twin.tobytes())
         file = Flatbuffer(twins.get("twin", twins["dense"]))
         convert.refuse_custom_ops(file.custom_ops())
+        hoist_input_projections(file)
         records = sparsify(file, quantize, keras_weights(model))
         fill_zeros(file)
         file.set_signature(input_names, output_names)

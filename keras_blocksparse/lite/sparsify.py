@@ -77,7 +77,7 @@ def _weight_tensors(file: Flatbuffer, graph: Any) -> list[int]:
     found = []
     for index, tensor in enumerate(graph.tensors):
         value = file.constant(tensor)
-        if value is None or value.ndim < 2:
+        if value is None or value.ndim < 2 or not any(index in list(op.inputs) for op in graph.operators or ()):
             continue
         if index in fully_connected or (value.nbytes >= _MIN_BYTES and value.any()):
             found.append(index)
@@ -107,14 +107,11 @@ class _Weight:
         if self.value.nbytes < _MIN_BYTES:
             return self._dense("smaller than the description of a sparse tensor")
         if self.quantize == "float16":
-            return (
-                self._densify("float16 has no sparse kernel")
-                if self.value.ndim == 2
-                else self._dense(self._not_matrix())
-            )
+            return self._densify("float16 has no sparse kernel")
         if not all(self.file.op_name(op) == "FULLY_CONNECTED" and op.inputs[1] == self.index for op in self.readers):
             names = ", ".join(sorted({self.file.op_name(op) for op in self.readers})) or "the graph's outputs"
-            return self._dense(f"TFLite has no sparse kernel for {names}")
+            why = f"TFLite has no sparse kernel for {names}"
+            return self._dense(why) if self.value.dtype == np.int8 else self._densify(why)
         if self.value.dtype == np.int8:
             return self._int8()
         return self._float32()
@@ -167,11 +164,14 @@ class _Weight:
         return self._record(f"sparse {csr.block[0]}x{csr.block[1]}", csr.nbytes, csr.values.dtype, why)
 
     def _densify(self, why: str) -> WeightRecord:
-        rows, cols = self.value.shape
-        fitting = [b for b in _DENSIFY_BLOCKS if rows % b[0] == 0 and cols % b[1] == 0]
-        csr = min((encode_blocks(self.value, b) for b in fitting), key=lambda c: c.nbytes)
+        matrix = self.value.reshape(-1, self.value.shape[-1])
+        rows, cols = matrix.shape
+        fitting = [
+            b for b in _DENSIFY_BLOCKS if rows % b[0] == 0 and cols % b[1] == 0 and (b[0] == 1 or self.value.ndim == 2)
+        ]
+        csr = min((encode_blocks(matrix, b) for b in fitting), key=lambda c: c.nbytes)
         if csr.nbytes > _MAX_BYTES_DENSIFY * self.value.nbytes:
-            return self._dense(f"too few zero blocks ({csr.density:.0%} would be stored)")
+            return self._dense(f"{why}; too few zero blocks to unpack it from ({csr.density:.0%} would be stored)")
         self._store(csr)
         schema = self.file.schema
         unpacked = schema.TensorT()
@@ -200,7 +200,7 @@ class _Weight:
         key = (self.tensor.buffer, csr.block, csr.values.dtype)
         if key not in self.stored:
             self.stored[key] = self.file.add_buffer(csr.values)
-        self.tensor.sparsity = self.file.sparsity(csr)
+        self.tensor.sparsity = self.file.sparsity(csr, self.value.shape)
         self.tensor.buffer = self.stored[key]
 
     def _dense(self, why: str) -> WeightRecord:
@@ -218,35 +218,30 @@ class _Weight:
             why=why,
         )
 
-    def _not_matrix(self) -> str:
-        return f"only matrices are stored sparse, this has {self.value.ndim} dimensions"
-
     # ---- where it comes from
 
     def _recognise(self, weights: list[KerasWeight]) -> tuple[str, np.ndarray | None]:
-        """Path of the Keras weight this constant is the transpose of, whole or some of its columns, and its float value."""
-        value = self.value
+        """Path of the Keras weight this constant comes from, whole, transposed, or some of its columns transposed; its float value."""
+        value, relative, absolute = self.value, 0.0, 1e-7
         if value.ndim != 2:
             return "", None
-        close = 0.0
         if value.dtype == np.int8:
-            close = float(self.tensor.quantization.scale[0])
-            value = value * np.float32(close)
+            scale = np.float32(self.tensor.quantization.scale[0])
+            value, absolute = value * scale, 0.51 * float(scale)
         elif value.dtype == np.float16:
-            value, close = value.astype(np.float32), 1e-3
+            value, relative = value.astype(np.float32), 1e-3
         outputs, inputs = value.shape
         for weight in weights:
             rows, cols = weight.value.shape
-            if rows != inputs or cols < outputs:
-                continue
-            # Gates side by side: a layer may multiply by some of them only, from the first, up to the last, or by one after the other.
-            for start in sorted({*range(0, cols - outputs + 1, outputs), cols - outputs}):
-                part = weight.value[:, start : start + outputs].T
-                if np.allclose(
-                    value, part, rtol=close if self.value.dtype == np.float16 else 0, atol=close * 0.51 + 1e-7
-                ):
-                    name = weight.path if outputs == cols else f"{weight.path}[:, {start}:{start + outputs}]"
-                    return name, np.ascontiguousarray(part)
+            if rows == inputs and cols >= outputs:
+                # Gates lie side by side, and a layer may multiply by some of them only: the first, the last, or one after the other.
+                for start in sorted({*range(0, cols - outputs + 1, outputs), cols - outputs}):
+                    part = weight.value[:, start : start + outputs].T
+                    if np.allclose(value, part, rtol=relative, atol=absolute):
+                        columns = "" if outputs == cols else f"[:, {start}:{start + outputs}]"
+                        return weight.path + columns, np.ascontiguousarray(part)
+            if (rows, cols) == value.shape and np.allclose(value, weight.value, rtol=relative, atol=absolute):
+                return weight.path, weight.value
         return "", None
 
 
