@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_blocksparse.pruning import Pruner, waiting_constraints
+from keras_blocksparse.variables import to_numpy
 
 
 class UpdatePruningStep(keras.callbacks.Callback):
@@ -41,8 +42,9 @@ class UpdatePruningStep(keras.callbacks.Callback):
             self.pruner = Pruner(self.model)
             self._renew_compiled_step()
         else:
+            self._take_over_after_first_step()
             for constraint in waiting_constraints(self.model):
-                constraint.driven = True  # by this callback, from the end of the first batch on
+                constraint.driven = True  # by this callback, from the first step on
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Moves the masks for the step that this batch leads to."""
@@ -51,21 +53,15 @@ class UpdatePruningStep(keras.callbacks.Callback):
         if self._batches == 0:
             # Only now: a callback later in the list may have restored a backup.
             self.pruner.resume()
-            self._check_schedules()
+            self._check_schedules(self.pruner.iterations)
         elif self._batches == 1:
             self.pruner.refresh()
             self._renew_compiled_step()
         self._batches += 1
-        self.pruner.advance(self.pruner.iterations + getattr(self.model, "steps_per_execution", 1))
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Takes over a model that Keras could not build before its first batch."""
-        if self.pruner is None:
-            self.pruner = Pruner(self.model)
-            self._renew_compiled_step()
-            self._check_schedules()
-            self.pruner.advance(self.pruner.iterations)
-            self._batches = 2
+        batches = getattr(self.model, "steps_per_execution", 1)
+        if self.params.get("steps"):
+            batches = min(batches, self.params["steps"] - batch)  # the last execution of an epoch may be shorter
+        self.pruner.advance(self.pruner.iterations + batches)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the sparsity to the logs."""
@@ -87,22 +83,39 @@ class UpdatePruningStep(keras.callbacks.Callback):
                     stacklevel=2,
                 )
 
+    def _take_over_after_first_step(self) -> None:
+        """Keras builds such a model in its first step; after it, callbacks earlier in the list must see zeros too."""
+        first_step, start = self.model.train_function, int(to_numpy(self.model.optimizer.iterations))
+
+        def step_and_take_over(iterator: Any) -> Any:
+            logs = first_step(iterator)
+            self.model.train_function = first_step
+            self.pruner = Pruner(self.model)
+            self._renew_compiled_step()
+            self._check_schedules(start)
+            self.pruner.resume(start)
+            self.pruner.advance(self.pruner.iterations)
+            self._batches = 2
+            return logs
+
+        self.model.train_function = step_and_take_over
+
     def _renew_compiled_step(self) -> None:
         assert self.pruner is not None
         if self.pruner.needs_new_step:
             self.pruner.needs_new_step = False
             self.model.make_train_function(force=True)
 
-    def _check_schedules(self) -> None:
-        """Warns if the training that was asked for does not cover the schedule."""
+    def _check_schedules(self, done: int) -> None:
+        """Warns if the training that was asked for, after `done` steps, does not cover the schedule."""
         assert self.pruner is not None
-        done, steps = self.pruner.iterations, self.params.get("steps")
+        steps = self.params.get("steps")
         epochs = self.params.get("epochs", 1) - (getattr(self.model, "_initial_epoch", None) or 0)
         for settings in self.pruner.settings:
             begin, end = getattr(settings.schedule, "begin_step", 0), settings.end_step
             if settings.schedule is None:
                 continue
-            if end is not None and done >= end and self._batches == 0:
+            if end is not None and done > end:
                 if self.pruner.masked_sparsity() == 0:
                     self._warn(
                         f"never fires: its end_step={end} lies before this training, which starts at step {done}"

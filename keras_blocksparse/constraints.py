@@ -204,6 +204,13 @@ class BlockPruning(keras.constraints.Constraint):
         for average in self.averages:
             average.assign(self._apply_mask(ops.convert_to_tensor(average)))
 
+    def enforce(self) -> None:
+        """Does after an update of the weight what an optimizer does, if none has done it."""
+        if np.logical_and(self._checked_weight(), ~self.grid.expand(self.kept)).any():
+            traced = self.traced
+            self.variable.assign(self(self.variable))
+            self.traced = traced
+
     def apply(self) -> None:
         """Sets the masked blocks of the weight to zero."""
         self.variable.assign(self._apply_mask(ops.convert_to_tensor(self.variable)))

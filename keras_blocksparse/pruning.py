@@ -277,10 +277,14 @@ class Pruner:
         """Lambda of the group lasso now, by path of the weight."""
         return {c.variable.path: regularizer.strength for regularizer, c in self._regularizers}
 
-    def resume(self) -> None:
-        """Reads masks and step off the weights and the optimizer, after they were loaded or set from outside."""
-        if self.optimizer is not None:
-            self._last_step = self.iterations - 1
+    def resume(self, step: int | None = None) -> None:
+        """Reads masks and step off the weights and the optimizer, after they were loaded or set from outside.
+
+        Args:
+            step: updates done so far for which the schedules have been followed; `iterations` if `None`.
+        """
+        if self.optimizer is not None or step is not None:
+            self._last_step = (self.iterations if step is None else step) - 1
         for target in self._targets:
             target.constraint.read_mask_from_weight()
         self._switch_lasso(self._last_step)
@@ -296,6 +300,10 @@ class Pruner:
         """
         if step is None:
             step = self.iterations if self.optimizer is not None else max(self._last_step, 0) + 1
+        if self.optimizer is None:
+            # Who writes to the weights himself calls no constraint either.
+            for target in self._targets:
+                target.constraint.enforce()
         self.advance(int(step))
 
     def advance(self, step: int) -> bool:

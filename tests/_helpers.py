@@ -50,12 +50,18 @@ def block_zeros(weight: np.ndarray, block_size: tuple[int, int], gates: int = 1,
     ]
 
 
+def value_of(weight: Any) -> np.ndarray:
+    """A copy of a variable's value."""
+    tensor = getattr(weight, "value", weight)
+    return np.array(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
+
+
 def assert_sparsity(
     weight: Any, block_size: tuple[int, int], sparsity: float, gates: int = 1, row_axes: int | None = None,
     up_to: float | None = None, note: object = "",
 ) -> None:  # fmt: skip
     """Each gate is `sparsity` zero, or up to `up_to`, within half a block; only elements of zero blocks count."""
-    weight = np.asarray(keras.ops.convert_to_numpy(weight), np.float64)
+    weight = value_of(weight).astype(np.float64)
     matrices = split_gates(weight, gates, row_axes)
     for g, (matrix, zeros) in enumerate(zip(matrices, block_zeros(weight, block_size, gates, row_axes), strict=True)):
         half = max(block.size for block in cut(matrix, block_size)) / 2 + 1e-6
@@ -105,7 +111,7 @@ class Watch(keras.callbacks.Callback):
         self.seen: list[tuple[int, float]] = []
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        step = int(self.model.optimizer.iterations.numpy())
         weights = pruned_weights(self.model)
         if self.count is not None:
             assert len(weights) == self.count, [variable.path for variable, _ in weights]
@@ -129,7 +135,7 @@ class Watch(keras.callbacks.Callback):
         self.model.save_weights(path, overwrite=True)
         arrays = read_arrays(path)
         for variable, _ in weights:
-            value = np.asarray(keras.ops.convert_to_numpy(variable))
+            value = value_of(variable)
             assert any(np.array_equal(value, a) for a in arrays if a.shape == value.shape), (
                 f"step {step} {variable.path}"
             )
