@@ -1,8 +1,9 @@
 """Sparse encodings of one constant tensor, in numpy.
 
-TFLite stores a sparse tensor as a tree over its dimensions, of which we use one form: the tensor is cut into blocks, the outer block
-dimension is dense (a row of blocks after the other), the next one is compressed (CSR: `segments` and `indices`), and the inside of a
-block is dense. For a fully connected weight, which TFLite keeps as (outputs, inputs), that is
+TFLite stores a sparse tensor as a tree over its dimensions, of which we use one form: the tensor is cut into blocks,
+the outer block dimension is dense (a row of blocks after the other), the next one is compressed (CSR: `segments` and
+`indices`), and the inside of a block is dense. For a fully connected weight, which TFLite keeps as (outputs, inputs),
+that is
 
     segments[i] .. segments[i + 1]    the kept blocks of block row i
     indices[k]                        the block column of kept block k
@@ -58,7 +59,8 @@ class BlockCSR:
 def encode_blocks(matrix: np.ndarray, block: tuple[int, int]) -> BlockCSR:
     """Keeps the blocks of `matrix` that hold at least one element other than zero.
 
-    A matrix of zeros keeps its first block: TFLite takes a tensor without a byte of data for one that is yet to be computed.
+    A matrix of zeros keeps its first block: TFLite takes a tensor without a byte of data for one that is yet to be
+    computed.
 
     Args:
         matrix: 2-D array.
@@ -93,8 +95,8 @@ def encode_blocks(matrix: np.ndarray, block: tuple[int, int]) -> BlockCSR:
 def smallest_index(index: np.ndarray) -> np.ndarray:
     """Casts an index vector to the narrowest of uint8, uint16 and int32 that holds it.
 
-    The three are the types the file format has; the interpreter widens each to int32 when it loads the file, so the kernels never see
-    the difference.
+    The three are the types the file format has; the interpreter widens each to int32 when it loads the file, so the
+    kernels never see the difference.
 
     Raises:
         ValueError: if a value is negative or beyond int32.

@@ -1,7 +1,7 @@
 """The post-pass over a TFLite file: reading, sparse weights, opcode versions, signature, writing.
 
-The converter gives a dense file; `Flatbuffer` holds it as the object tree that TensorFlow's generated schema module offers, and each
-method makes one change to it. What the stock kernels can read is decided in `sparsify.py`, not here.
+The converter gives a dense file; `Flatbuffer` holds it as the object tree that TensorFlow's generated schema module
+offers, and each method makes one change to it. What the stock kernels can read is decided in `sparsify.py`, not here.
 """
 
 from collections.abc import Iterator
@@ -102,11 +102,11 @@ class Flatbuffer:
 
         Args:
             csr: the encoded matrix.
-            shape: shape of the tensor. The matrix is the tensor with all but its last axis made one; with more than two axes, blocks
-                must have one row.
+            shape: shape of the tensor. The matrix is the tensor with all but its last axis made one; with more than two
+                axes, blocks must have one row.
 
-        A block of one row adds one dimension inside (the fully connected kernels want it so), any other block two, which only
-        DENSIFY reads.
+        A block of one row adds one dimension inside (the fully connected kernels want it so), any other block two,
+        which only DENSIFY reads.
         """
         height, width = csr.block
         *leading, last = range(len(shape))
@@ -188,10 +188,12 @@ class Flatbuffer:
 
 
 def _aligned(schema: Any) -> type:
-    """`BufferT` whose data starts at a multiple of 16 in the file, as the schema asks; the generated Pack forgets it."""
+    """`BufferT` whose data starts at a multiple of 16 in the file, as the schema asks and the generated Pack forgets."""
 
     class AlignedBuffer(schema.BufferT):
-        def Pack(self, builder: Any) -> int:  # noqa: N802 - flatbuffers' name
+        def Pack(self, builder: Any) -> int:
+            if self.data is None:
+                return super().Pack(builder)
             data = np.asarray(self.data, np.uint8).tobytes()
             builder.StartVector(1, len(data), _BUFFER_ALIGNMENT)
             builder.head = builder.Head() - len(data)
