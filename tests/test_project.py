@@ -74,7 +74,7 @@ def test_the_readme_names_the_two_commands_and_its_code_runs(tmp_path):
     assert "make test" in readme.read_text()
     (block,) = python_blocks(readme)
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
-    run_script(tmp_path, data((10, 16)) + shrunk(block))
+    run_script(tmp_path, data((100, 64)) + shrunk(block))
     assert (tmp_path / "model.tflite").stat().st_size > 0
 
 
