@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from keras_blocksparse.blocks import BlockGrid
-from keras_blocksparse.callbacks import UpdatePruningStep
+from keras_blocksparse.callbacks import PruningSummaries, UpdatePruningStep
 from keras_blocksparse.constraints import BlockPruning
 from keras_blocksparse.distributions import ERK, Distribution, Global, Uniform
+from keras_blocksparse.plots import plot_masks
 from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, register_prunable
 from keras_blocksparse.pruning import Pruner, prune_low_magnitude_block, sparsity, strip_pruning
 from keras_blocksparse.regularizers import GroupLassoRegularizer
+from keras_blocksparse.report import SparsityReport, sparsity_report
 from keras_blocksparse.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule, ThresholdRamp
 
 if TYPE_CHECKING:
@@ -32,13 +34,17 @@ __all__ = [
     "PrunableWeight",
     "Pruner",
     "PruningSchedule",
+    "PruningSummaries",
+    "SparsityReport",
     "ThresholdRamp",
     "Uniform",
     "UpdatePruningStep",
     "export_tflite",
+    "plot_masks",
     "prune_low_magnitude_block",
     "register_prunable",
     "sparsity",
+    "sparsity_report",
     "strip_pruning",
 ]
 
