@@ -223,11 +223,11 @@ def plain_inference(model: Any) -> Iterator[None]:
 class StateIO:
     """States of the recurrent layers while a model is called for streaming.
 
-    `feed(layer, initial_state)` gives the initial states of a layer's call, in place of those the model passes (or
-    None); `store(layer, states)` takes the final ones.
+    `feed(layer, initial_state, mask)` gives the initial states of a layer's call, in place of those the model passes;
+    `store(layer, states)` takes the final ones.
     """
 
-    feed: Callable[[Any, Any], list[Any]]
+    feed: Callable[[Any, Any, Any], list[Any]]
     store: Callable[[Any, list[Any]], None]
 
 
@@ -241,7 +241,7 @@ def external_states(model: Any, io: StateIO) -> Iterator[None]:
         call, inner_loop = layer.call, layer.inner_loop
 
         def fed_call(sequences: Any, initial_state: Any = None, mask: Any = None, training: bool = False) -> Any:
-            return call(sequences, initial_state=io.feed(layer, initial_state), mask=mask, training=training)
+            return call(sequences, initial_state=io.feed(layer, initial_state, mask), mask=mask, training=training)
 
         def stored_inner_loop(sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
             last_output, outputs, states = inner_loop(sequences, initial_state, mask, training)
@@ -348,10 +348,16 @@ def _trace_streaming(model: Any, specs: list[InputSpec]) -> Traced:
         for layer in layers:
             incoming[id(layer)], fed = fed[: len(shapes[id(layer)])], fed[len(shapes[id(layer)]) :]
 
-        def feed(layer: Any, initial_state: Any) -> list[Any]:
+        def feed(layer: Any, initial_state: Any, mask: Any) -> list[Any]:
             if initial_state is not None:
                 refuse(
                     layer, "the model computes its initial_state, which a stream would do once and not at every call"
+                )
+            if mask is not None and not layer.zero_output_for_mask:
+                refuse(
+                    layer,
+                    "for a masked frame it repeats its output of the frame before, which may lie in the call before; "
+                    "build it with zero_output_for_mask=True",
                 )
             if id(layer) not in incoming:
                 refuse(layer, "the model calls it more than once")
@@ -456,7 +462,8 @@ def to_tflite(traced: Traced, quantize: str | None) -> bytes:
     """
     import tensorflow as tf
 
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([traced.function])
+    with _quiet():
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([traced.function])
     # Writes a step's output in place. Without it each step of a loop copies the whole output sequence twice.
     converter._experimental_enable_dynamic_update_slice = True
     if quantize is not None:

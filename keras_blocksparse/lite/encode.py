@@ -108,19 +108,3 @@ def smallest_index(index: np.ndarray) -> np.ndarray:
         if high <= np.iinfo(dtype).max:
             return index.astype(dtype)
     return index.astype(np.int32)
-
-
-def quantize_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantizes a float weight `(outputs, inputs)` to int8, symmetric, with one scale per row.
-
-    Zeros stay zeros, so the block pattern survives. A row of zeros gets scale 1, because TFLite refuses a scale of 0.
-
-    Returns:
-        `(int8 matrix, float32 scales of shape (outputs,))` with `matrix ~ q * scales[:, None]`.
-    """
-    peak = np.abs(matrix).max(axis=1)
-    scales = np.where(peak > 0, peak / 127.0, 1.0).astype(np.float32)
-    # A peak among the denormals underflows to scale 0, where the row rounds to zeros anyway.
-    scales[scales == 0] = 1.0
-    quantized = np.clip(np.rint(matrix / scales[:, None]), -127, 127).astype(np.int8)
-    return quantized, scales

@@ -188,7 +188,7 @@ class Flatbuffer:
 
 
 def _aligned(schema: Any) -> type:
-    """`BufferT` whose data starts at a multiple of 16 in the file, as the schema asks and the generated Pack forgets."""
+    """`BufferT` whose data starts at a multiple of 16 in the file. The schema asks it, the generated Pack forgets."""
 
     class AlignedBuffer(schema.BufferT):
         def Pack(self, builder: Any) -> int:

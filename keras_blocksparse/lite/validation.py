@@ -95,7 +95,7 @@ def installed_runtimes(wanted: list[str] | None) -> list[str]:
 def make_cases(model: Any, traced: Traced, seed: int) -> Cases:
     """Random inputs with Keras' outputs for them.
 
-    Two cases of one call; the second has its last timesteps masked if the model masks. A streaming model gets one case
+    Two cases of one call; the second has timesteps masked if the model masks. A streaming model gets one case
     of three calls, and is compared with the Keras model on all frames at once.
 
     Raises:
@@ -113,8 +113,8 @@ def make_cases(model: Any, traced: Traced, seed: int) -> Cases:
             if streaming and spec.time_axis:
                 shape[1] *= count
             whole.append(_random(model, rng, shape, spec.dtype))
-            if case and spec.time_axis:
-                _mask_end(model, whole[-1])
+            if spec.time_axis and (case or streaming):
+                _mask_some(model, whole[-1])
             chunks = np.split(whole[-1], count, axis=1) if spec.time_axis else [whole[-1]] * count
             for step, chunk in enumerate(chunks):
                 arrays[f"case{case}/step{step}/{spec.name}"] = chunk
@@ -163,16 +163,16 @@ def _random(model: Any, rng: np.random.Generator, shape: list[int], dtype: str) 
     return rng.normal(size=shape).astype(dtype)
 
 
-def _mask_end(model: Any, value: np.ndarray) -> None:
-    """Masks the last third of the timesteps in place, if the model has a Masking layer or an Embedding that masks."""
+def _mask_some(model: Any, value: np.ndarray) -> None:
+    """Masks the second third of the timesteps in place, if the model has a Masking layer or an Embedding that masks."""
     import keras
 
-    start = value.shape[1] - value.shape[1] // 3
+    third = slice(value.shape[1] // 3, value.shape[1] // 3 * 2)
     for layer in layers_of(model):
         if isinstance(layer, keras.layers.Masking) and value.ndim > 2:
-            value[:, start:] = layer.mask_value
+            value[:, third] = layer.mask_value
         if isinstance(layer, keras.layers.Embedding) and layer.mask_zero and value.ndim == 2:
-            value[:, start:] = 0
+            value[:, third] = 0
 
 
 # ---- running
