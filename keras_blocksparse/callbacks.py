@@ -12,7 +12,7 @@ import keras
 from keras_blocksparse.constraints import pruning_of
 from keras_blocksparse.plots import mask_image
 from keras_blocksparse.prunable import PrunableWeight
-from keras_blocksparse.pruning import Pruner, pruned_or_prunable_weights, waiting_constraints
+from keras_blocksparse.pruning import Pruner, constraints_of, pruned_or_prunable_weights
 from keras_blocksparse.regularizers import DrivenGroupLasso, GroupLassoRegularizer
 from keras_blocksparse.report import measure
 from keras_blocksparse.schedules import ThresholdRamp
@@ -51,7 +51,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
             self._renew_compiled_step()
         else:
             self._take_over_after_first_step()
-            for constraint in waiting_constraints(self.model):
+            for constraint in constraints_of(self.model):
                 constraint.driven = True  # by this callback, from the first step on
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:

@@ -128,10 +128,7 @@ class BlockPruning(keras.constraints.Constraint):
     def __call__(self, w: Any) -> Any:
         """The weight after an update, with its masked blocks at zero."""
         if self.variable is None and isinstance(w, keras.Variable):
-            import tensorflow as tf
-
-            with tf.init_scope():  # variables cannot be made inside the step that is being compiled
-                self.bind(w)
+            self.bind(w)
         self.traced = True
         value = ops.convert_to_tensor(w)
         if self.constraint is not None:
@@ -170,17 +167,20 @@ class BlockPruning(keras.constraints.Constraint):
             self.skipped = str(error)
             warnings.warn(f"{variable.path} is not pruned. {error}", stacklevel=2)
             return
-        if has_value(variable):
-            weight = self._checked_weight()
-            self.kept = _blocks_in_use(weight, self.grid)
-        else:
-            # Keras builds a model without an Input inside its first compiled step, where weights get values only when
-            # it runs. They will be fresh ones.
-            weight, self.kept = np.zeros(self.grid.shape), np.ones(self.grid.grid_shape, bool)
-        with creation_scope(variable):
-            self._mask = untracked_variable(self.grid.expand(self.kept), "bool", f"{variable.name}_mask")
-            if self.settings.revival:
-                self._unmasked = untracked_variable(weight, variable.dtype, f"{variable.name}_unmasked")
+        import tensorflow as tf
+
+        with tf.init_scope():  # variables cannot be made or read inside the step that is being compiled
+            if has_value(variable):
+                weight = self._checked_weight()
+                self.kept = _blocks_in_use(weight, self.grid)
+            else:
+                # Keras builds a model without an Input inside its first compiled step, where weights get values only
+                # when it runs. They will be fresh ones.
+                weight, self.kept = np.zeros(self.grid.shape), np.ones(self.grid.grid_shape, bool)
+            with creation_scope(variable):
+                self._mask = untracked_variable(self.grid.expand(self.kept), "bool", f"{variable.name}_mask")
+                if self.settings.revival:
+                    self._unmasked = untracked_variable(weight, variable.dtype, f"{variable.name}_unmasked")
 
     def read_mask_from_weight(self) -> None:
         """Makes the mask agree with the weight's zero blocks, after the weight was loaded or set from outside."""
@@ -253,7 +253,7 @@ def _blocks_in_use(weight: np.ndarray, grid: blocks.BlockGrid) -> np.ndarray:
         return np.ones_like(used)
     if not used.all():
         matrix = weight.reshape(grid.rows, -1)
-        if np.array_equal(matrix, matrix[0, 0] * np.eye(*matrix.shape)):
+        if min(matrix.shape) > 1 and np.array_equal(matrix, matrix[0, 0] * np.eye(*matrix.shape)):
             return np.ones_like(used)
     return used
 

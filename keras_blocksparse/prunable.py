@@ -93,7 +93,9 @@ class PrunableLayer:
     def _variable(self, name: str) -> Any:
         if not getattr(self.owner, "built", True):
             return None
-        value = getattr(self.owner, name, None)
+        if not hasattr(self.owner, name):
+            raise AttributeError(f"{self.path} has no weight {name!r}, which its PrunableLayer names")
+        value = getattr(self.owner, name)
         if value is not None and not isinstance(value, keras.Variable):
             # Keras computes the kernel of layers with LoRA or quantization; there is no one weight to prune.
             raise ValueError(
@@ -217,6 +219,10 @@ class _PrunableObject(PrunableLayer):
         super().__init__(layer, path)
         known = _registered_adapter(layer)
         self._known = known(layer, self.path) if known else None
+
+    @property
+    def owner(self) -> Any:
+        return self._known.owner if self._known else self.layer
 
     def built_weights(self) -> list[tuple[PrunableWeight, Any]]:
         if not getattr(self.layer, "built", True):

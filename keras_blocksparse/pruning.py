@@ -99,7 +99,10 @@ def prune_low_magnitude_block(
     lasso = _lasso_template(group_lasso, settings.block_size)
     _check_overrides(settings)
     layers = _layers_to_prune(to_prune, filters)
-    constraints = [c for layer in layers for c in _attach(layer, settings, lasso)]
+    weights, refusals = _weights_to_prune(layers)
+    constraints = [c for layer, pairs, specs in weights for c in _attach(layer, pairs, specs, settings, lasso)]
+    for refusal in refusals:
+        warnings.warn(refusal, stacklevel=2)
     bound = [c for c in constraints if c.variable is not None]
     if bound and len(bound) == len(constraints) and all(c.skipped for c in bound):
         reasons = "\n".join(f"  {c.variable.path}: {c.skipped}" for c in bound)
@@ -439,7 +442,7 @@ class Pruner:
         ]
         if skipped:
             raise ValueError("No weight can be pruned with the block_size that was asked for:\n" + "\n".join(skipped))
-        if waiting_constraints(self.model):
+        if any(constraint.variable is None for constraint in constraints_of(self.model)):
             raise ValueError("The model is not built yet. Call it on a batch, or give it an Input, before using Pruner")
         raise ValueError(
             f"Nothing in {self.model!r} is under pruning. Call kbs.prune_low_magnitude_block(model, ...) first"
@@ -476,17 +479,36 @@ def _layers_to_prune(to_prune: Any, filters: Filters) -> list[PrunableLayer]:
     )
 
 
-def _attach(layer: PrunableLayer, settings: PruningSettings, lasso: GroupLassoRegularizer | None) -> list[BlockPruning]:
-    try:
-        pairs = layer.built_weights()
-        specs = [spec for spec, _ in pairs] or list(layer.get_weight_specs())
-    except ValueError as error:
-        warnings.warn(f"{layer.path} is not pruned. {error}", stacklevel=3)
-        return []
+Weights = tuple[PrunableLayer, list[tuple[PrunableWeight, Any]], list[PrunableWeight]]
+
+
+def _weights_to_prune(layers: list[PrunableLayer]) -> tuple[list[Weights], list[str]]:
+    """The weights of each layer, built or to come, and why some layers have to be left alone."""
+    weights: list[Weights] = []
+    refusals = []
+    for layer in layers:
+        try:
+            pairs = layer.built_weights()
+            weights.append((layer, pairs, [spec for spec, _ in pairs] or list(layer.get_weight_specs())))
+        except ValueError as error:
+            refusals.append(f"{layer.path} is not pruned. {error}")
+    if not weights:
+        raise ValueError("Nothing to prune:\n" + "\n".join(f"  {refusal}" for refusal in refusals))
+    return weights, refusals
+
+
+def _attach(
+    layer: PrunableLayer, pairs: list[tuple[PrunableWeight, Any]], specs: list[PrunableWeight],
+    settings: PruningSettings, lasso: GroupLassoRegularizer | None,
+) -> list[BlockPruning]:  # fmt: skip
     if not pairs and (not specs or any(not hasattr(layer.owner, spec.attribute("constraint")) for spec in specs)):
         _attach_when_built(layer, settings, lasso)
     variables = {spec.name: variable for spec, variable in pairs}
-    return [_attach_weight(layer, spec, variables.get(spec.name), settings, lasso) for spec in specs]
+    return [
+        _attach_weight(layer, spec, variables.get(spec.name), settings, lasso)
+        for spec in specs
+        if _holders(layer, spec, "constraint")
+    ]
 
 
 def _attach_weight(
@@ -527,7 +549,8 @@ def _attach_when_built(layer: PrunableLayer, settings: PruningSettings, lasso: G
         result = build(*args, **kwargs)
         for spec, variable in layer.built_weights():
             if pruning_of(variable) is None:
-                _attach_weight(layer, spec, variable, settings, lasso)
+                # This may be inside the first training step, when a callback that drives it cannot have found it yet.
+                _attach_weight(layer, spec, variable, settings, lasso).driven = True
         return result
 
     layer.layer.build = build_and_attach
@@ -556,14 +579,14 @@ def _built_weights(layer: PrunableLayer) -> list[tuple[PrunableWeight, Any]]:
         return []
 
 
-def waiting_constraints(model: Any) -> list[BlockPruning]:
-    """The constraints of weights that are under pruning but not built yet."""
+def constraints_of(model: Any) -> list[BlockPruning]:
+    """The constraints of all weights under pruning, built or not."""
     return [
         constraint
         for layer in find_prunable_layers(model, everything=True)
         for spec in _specs(layer)
         for holder, name in _holders(layer, spec, "constraint")
-        if isinstance(constraint := getattr(holder, name, None), BlockPruning) and constraint.variable is None
+        if isinstance(constraint := getattr(holder, name, None), BlockPruning)
     ]
 
 
