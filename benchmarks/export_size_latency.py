@@ -125,7 +125,10 @@ def main() -> None:
     widths = [max(len(row[i]) for row in [header, *table]) for i in range(len(header))]
     for row in [header, *table]:
         print(
-            "  ".join(cell.ljust(n) if i in (1, 2) else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths)))
+            "  ".join(
+                cell.ljust(n) if i in (1, 2) else cell.rjust(n)
+                for i, (cell, n) in enumerate(zip(row, widths, strict=True))
+            )
         )
     if options.sparsity == 0.9 and options.block == [16, 16]:
         print("\nbars for GRU(1024), and what was seen:")
