@@ -40,11 +40,12 @@ class UpdatePruningStep(keras.callbacks.Callback):
         super().__init__()
         self.pruner: Pruner | None = None
         self._batches = 0
+        self._first_epoch: int | None = None
         self._warned = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds what to prune, before the training step is compiled."""
-        self._batches, self._warned = 0, False
+        self._batches, self._warned, self._first_epoch = 0, False, None
         self.pruner = None
         if self.model.built:
             self.pruner = Pruner(self.model)
@@ -53,6 +54,11 @@ class UpdatePruningStep(keras.callbacks.Callback):
             self._take_over_after_first_step()
             for constraint in constraints_of(self.model):
                 constraint.driven = True  # by this callback, from the first step on
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Learns with which epoch `fit()` begins, by its argument or by a backup."""
+        if self._first_epoch is None:
+            self._first_epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Moves the masks for the step that this batch leads to."""
@@ -118,7 +124,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
         """Warns if the training that was asked for, after `done` steps, does not cover the schedule."""
         assert self.pruner is not None
         steps = self.params.get("steps")
-        epochs = self.params.get("epochs", 1) - (getattr(self.model, "_initial_epoch", None) or 0)
+        epochs = self.params.get("epochs", 1) - (self._first_epoch or 0)
         for settings in self.pruner.settings:
             begin, end = getattr(settings.schedule, "begin_step", 0), settings.end_step
             if settings.schedule is None:

@@ -54,6 +54,11 @@ class PruningSettings:
         score = "max" if isinstance(self.score, LostObject) else self.score
         object.__setattr__(self, "score", blocks.check_score(score))
         object.__setattr__(self, "distribution", distributions.get(self.distribution))
+        for name in ("keep_diagonal", "revival"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
+            object.__setattr__(self, name, bool(value))
 
     @property
     def end_step(self) -> int | None:
@@ -171,7 +176,7 @@ class BlockPruning(keras.constraints.Constraint):
 
         with tf.init_scope():  # variables cannot be made or read inside the step that is being compiled
             if has_value(variable):
-                weight = self._checked_weight()
+                weight = checked_value(self.variable)
                 self.kept = _blocks_in_use(weight, self.grid)
             else:
                 # Keras builds a model without an Input inside its first compiled step, where weights get values only
@@ -184,7 +189,7 @@ class BlockPruning(keras.constraints.Constraint):
 
     def read_mask_from_weight(self) -> None:
         """Makes the mask agree with the weight's zero blocks, after the weight was loaded or set from outside."""
-        weight = self._checked_weight()
+        weight = checked_value(self.variable)
         self._set_mask(_blocks_in_use(weight, self.grid))
         if self._unmasked is not None:
             self._unmasked.assign(weight)
@@ -206,7 +211,7 @@ class BlockPruning(keras.constraints.Constraint):
 
     def enforce(self) -> None:
         """Does after an update of the weight what an optimizer does, if none has done it."""
-        if np.logical_and(self._checked_weight(), ~self.grid.expand(self.kept)).any():
+        if np.logical_and(checked_value(self.variable), ~self.grid.expand(self.kept)).any():
             traced = self.traced
             self.variable.assign(self(self.variable))
             self.traced = traced
@@ -221,19 +226,10 @@ class BlockPruning(keras.constraints.Constraint):
             self._mask.assign(self.grid.expand(kept))
 
     def _candidate(self) -> np.ndarray:
-        weight = self._checked_weight()
+        weight = checked_value(self.variable)
         if self._unmasked is None or self.kept.all():
             return weight
         return np.where(self.grid.expand(self.kept), weight, to_numpy(self._unmasked))
-
-    def _checked_weight(self) -> np.ndarray:
-        weight = to_numpy(self.variable)
-        if not np.isfinite(weight).all():
-            raise ValueError(
-                f"{self.variable.path} holds NaN or infinity, so its blocks cannot be ranked. Training has diverged, "
-                "or the weights were loaded from a broken file"
-            )
-        return weight
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, JSON-able."""
@@ -244,6 +240,21 @@ class BlockPruning(keras.constraints.Constraint):
             "diagonal": self.diagonal,
             "constraint": keras.constraints.serialize(self.constraint),
         }
+
+
+def checked_value(variable: Any) -> np.ndarray:
+    """The value of a weight that is to be ranked.
+
+    Raises:
+        ValueError: it holds NaN or infinities.
+    """
+    weight = to_numpy(variable)
+    if not np.isfinite(weight).all():
+        raise ValueError(
+            f"{variable.path} holds NaN or infinity, so its blocks cannot be ranked. Training has diverged, or the "
+            "weights were loaded from a broken file"
+        )
+    return weight
 
 
 def _blocks_in_use(weight: np.ndarray, grid: blocks.BlockGrid) -> np.ndarray:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_blocksparse import blocks, distributions
-from keras_blocksparse.constraints import BlockPruning, PruningSettings, pruning_of
+from keras_blocksparse.constraints import BlockPruning, PruningSettings, checked_value, pruning_of
 from keras_blocksparse.prunable import Filters, PrunableLayer, PrunableWeight, find_prunable_layers
 from keras_blocksparse.regularizers import DrivenGroupLasso, GroupLassoRegularizer
 from keras_blocksparse.schedules import ThresholdRamp
@@ -100,6 +100,9 @@ def prune_low_magnitude_block(
     _check_overrides(settings)
     layers = _layers_to_prune(to_prune, filters)
     weights, refusals = _weights_to_prune(layers)
+    for _, pairs, _ in weights:
+        for _, variable in pairs:
+            checked_value(variable)  # before anything is changed
     constraints = [c for layer, pairs, specs in weights for c in _attach(layer, pairs, specs, settings, lasso)]
     for refusal in refusals:
         warnings.warn(refusal, stacklevel=2)
@@ -398,7 +401,7 @@ class Pruner:
             for part, share in (next(each) for _ in target.spec.gates):
                 kept.append(blocks.keep_blocks(part.scores, part.elements, float(share), target.always()))
                 reached = 1 - (kept[-1] * part.elements).sum() / part.size
-                if reached < share - part.elements.max() / part.size:
+                if reached < share - part.elements.max() / 2 / part.size - 1e-9:
                     why = (
                         "keep_diagonal keeps more than that" if target.always() is not None else "it has so few blocks"
                     )
