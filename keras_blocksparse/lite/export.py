@@ -100,8 +100,7 @@ def export_tflite(
     Raises:
         TypeError: `model` is not a Keras model, or `path` not a path.
         ValueError: an argument out of range; a path that cannot be written; a model that is not built, holds NaN
-        weights, has open
-            axes, is stateful, or cannot stream; each quotes what was received.
+            weights, has open axes, is stateful, or cannot stream; each quotes what was received.
         ImportError: no TFLite runtime to run the file on, or TensorFlow is missing.
         ExportError: an operation of the model has no TFLite builtin, or the file failed its comparison.
     """

@@ -3,15 +3,13 @@
 What decides is what the stock kernels read rightly, which is less than what the format can express:
 
 * float32: FULLY_CONNECTED has one SIMD kernel for sparse weights, for blocks of 1x4 (out x in). XNNPACK leaves such an
-operator alone.
+  operator alone.
 * int8: one for blocks of 1x16, with float activations. It keeps block numbers and counts in a byte, without saying when
-they overflow.
-  The operator must have version 8: given the newer version the converter writes, XNNPACK reads the blocks as a dense
-  matrix.
-* One scale per tensor: a scale per row is read by runtimes from about 2.16 on, and silently ignored by older ones.
+  they overflow. The operator must have version 8: given the newer version the converter writes, XNNPACK reads the
+  blocks as a dense matrix.
+* One scale per tensor: a scale per row is read rightly by TF 2.16, and silently ignored by tflite-runtime 2.14.
 * float16: no kernel reads a sparse one. DENSIFY unpacks it once, when the interpreter is made; small file, dense speed.
-The same
-  serves float32 weights that have no 1x4 blocks or too many.
+  The same serves float32 weights that have no 1x4 blocks, or too many.
 """
 
 from dataclasses import dataclass
@@ -26,11 +24,11 @@ from keras_blocksparse.lite.report import WeightRecord
 _FC_VERSION = 8
 _MAX_BYTE = 255
 
-# Share of stored elements up to which the sparse kernel is as fast as the dense one, from a sweep over densities of a
-# 1024x3072 matrix at batch 1 (AVX2 and AVX-512 machines); below it the sparse kernel also wins or the difference is
-# microseconds.
+# Share of stored elements up to which the sparse kernel is used. On an AVX-512 machine, where XNNPACK's dense kernel is at
+# its best, a 1024x3072 product at batch 1 breaks even at 0.3 (512x1536: 0.15, a difference of 30 us at 0.3). Above, float32
+# has DENSIFY for a small file at dense speed.
 _MAX_DENSITY_FLOAT32 = 0.35
-# int8 is compared on size as well: at half the elements the file is half as large and the kernel about twice as slow.
+# int8 breaks even at 0.2, and has no other way to a small file: the limit gives 60 us a product for half its bytes.
 _MAX_DENSITY_INT8 = 0.4
 # DENSIFY has no cost at run time except that the dense weight is in memory besides; it must be worth the longer graph.
 _MAX_BYTES_DENSIFY = 0.8

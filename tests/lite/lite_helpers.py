@@ -34,8 +34,9 @@ def interpreter(path, delegates=True):
     if QUICK == ["ai_edge_litert"]:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
     else:
-        from tensorflow.lite import Interpreter
-        from tensorflow.lite.experimental import OpResolverType
+        import tensorflow as tf
+
+        Interpreter, OpResolverType = tf.lite.Interpreter, tf.lite.experimental.OpResolverType
     plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     return Interpreter(str(path), experimental_op_resolver_type=OpResolverType.AUTO if delegates else plain)
 
