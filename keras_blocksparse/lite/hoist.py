@@ -25,12 +25,18 @@ _FC_KEEPS_DIMS = 5
 def hoist_input_projections(file: Flatbuffer) -> int:
     """Changes every loop of the file that has the form above, in place; returns how many projections moved."""
     moved = 0
-    for graph, loop in list(file.operators("WHILE")):
+    loops = list(file.operators("WHILE"))
+    bodies = [loop.builtinOptions.bodySubgraphIndex for _, loop in loops]
+    for graph, loop in loops:
+        if bodies.count(loop.builtinOptions.bodySubgraphIndex) > 1:
+            continue
         body = file.tree.subgraphs[loop.builtinOptions.bodySubgraphIndex]
         cond = file.tree.subgraphs[loop.builtinOptions.condSubgraphIndex]
         for position in range(len(body.inputs)):
             projection = _projection(file, body, position)
-            if projection is not None and not _readers(cond, cond.inputs[position]):
+            outside = loop.outputs[position]
+            read = _readers(graph, outside) or outside in list(graph.outputs) or _readers(cond, cond.inputs[position])
+            if projection is not None and not read:
                 gather, multiply = projection
                 _move(file, graph, loop, body, cond, position, gather, multiply)
                 moved += 1

@@ -24,9 +24,9 @@ from keras_blocksparse.lite.report import WeightRecord
 _FC_VERSION = 8
 _MAX_BYTE = 255
 
-# Share of stored elements up to which the sparse kernel is used. On an AVX-512 machine, where XNNPACK's dense kernel is at
-# its best, a 1024x3072 product at batch 1 breaks even at 0.3 (512x1536: 0.15, a difference of 30 us at 0.3). Above, float32
-# has DENSIFY for a small file at dense speed.
+# Share of stored elements up to which the sparse kernel is used. On an AVX-512 machine, where XNNPACK's dense kernel is
+# at its best, a 1024x3072 product at batch 1 breaks even at 0.3 (512x1536: 0.15, a difference of 30 us at 0.3). Above,
+# float32 has DENSIFY for a small file at dense speed.
 _MAX_DENSITY_FLOAT32 = 0.35
 # int8 breaks even at 0.2, and has no other way to a small file: the limit gives 60 us a product for half its bytes.
 _MAX_DENSITY_INT8 = 0.4
