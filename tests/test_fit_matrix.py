@@ -200,10 +200,11 @@ def test_a_model_that_is_not_built_is_sparse_after_its_first_batch(kind, begin, 
 @pytest.mark.parametrize("block", BLOCK_SIZES)
 @pytest.mark.parametrize("kind", GATES)
 def test_block_sizes(kind, block, tmp_path):
-    # 34 x 37: no block but 1x1 divides it, and gates end inside of blocks.
-    model = rnn_model(getattr(layers, kind)(37), features=34)
+    # No block but 1x1 divides these sizes, and gates end inside of blocks; 32x32 needs more than 37 for its half block.
+    features, units = (66, 70) if block == (32, 32) else (34, 37)
+    model = rnn_model(getattr(layers, kind)(units), features=features)
     kbs.prune_low_magnitude_block(model, SCHEDULE, block, filters="rnn|gru|lstm")
-    x = np.random.default_rng(0).normal(size=(32, 4, 34)).astype("float32")
+    x = np.random.default_rng(0).normal(size=(32, 4, features)).astype("float32")
     train(model, tmp_path, 2, block=block, inputs=x)
 
 
@@ -226,8 +227,9 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("revival", [True, False])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "revival"), [*((name, True) for name in OPTIMIZERS), ("SGD", False), ("AdamW", False), ("EMA", False)]
+)
 def test_optimizers(name, revival, tmp_path):
     model = pruned(rnn_model(layers.GRU(12)), revival=revival)
     train(model, tmp_path, 2, optimizer=OPTIMIZERS[name]())
@@ -295,12 +297,23 @@ def test_gradient_accumulation(name, tmp_path):
         assert_sparsity(variable, BLOCK, 0.75, gates)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("revival", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "revival"),
+    [
+        ("mixed_float16", True),
+        ("mixed_float16", False),
+        ("mixed_bfloat16", True),
+        ("mixed_bfloat16", False),
+        ("float16", True),
+        ("bfloat16", True),
+        ("float64", True),
+    ],
+)
 def test_dtypes(policy, revival, tmp_path):
     keras.config.set_dtype_policy(policy)
     try:
-        model = pruned(rnn_model(layers.GRU(12)), revival=revival)
+        # Keras cannot draw an orthogonal matrix in bfloat16
+        model = pruned(rnn_model(layers.GRU(12, recurrent_initializer="glorot_uniform")), revival=revival)
     finally:
         keras.config.set_dtype_policy("float32")
     train(model, tmp_path, 2, optimizer=keras.optimizers.SGD(0.01))
@@ -533,7 +546,7 @@ def test_steps_may_be_told_and_skipped():
 # ---- anything else
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(deadline=None, max_examples=8, derandomize=True)
 @given(
     kind=st.sampled_from(sorted(GATES)), units=st.integers(4, 21), features=st.integers(4, 21),
     block=st.sampled_from([b for b in BLOCK_SIZES if max(b) <= 4] + [(3, 2), (2, 4)]),
