@@ -108,7 +108,7 @@ def run_script(folder: Path, code: str) -> str:
 def shrunk(block: str) -> str:
     """The README's code with a network and a schedule small enough for a test."""
     for pattern, small in [
-        (r"GRU\(\d+\)", "GRU(32)"),
+        (r"GRU\(\d+\)", "GRU(96)"),
         (r"begin_step=\d+", "begin_step=1"),
         (r"end_step=\d+", "end_step=4"),
     ]:
