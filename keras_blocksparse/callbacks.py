@@ -16,7 +16,7 @@ from keras_blocksparse.pruning import Pruner, constraints_of, pruned_or_prunable
 from keras_blocksparse.regularizers import DrivenGroupLasso, GroupLassoRegularizer
 from keras_blocksparse.report import measure
 from keras_blocksparse.schedules import ThresholdRamp
-from keras_blocksparse.variables import to_numpy
+from keras_blocksparse.variables import updates_of
 
 
 class UpdatePruningStep(keras.callbacks.Callback):
@@ -99,7 +99,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
 
     def _take_over_after_first_step(self) -> None:
         """Keras builds such a model in its first step; after it, callbacks earlier in the list must see zeros too."""
-        first_step, start = self.model.train_function, int(to_numpy(self.model.optimizer.iterations))
+        first_step, start = self.model.train_function, updates_of(self.model.optimizer)
 
         def step_and_take_over(iterator: Any) -> Any:
             logs = first_step(iterator)
@@ -229,7 +229,7 @@ class PruningSummaries(keras.callbacks.Callback):
         self._writer.close()
 
     def _step(self) -> int:
-        return int(to_numpy(self.model.optimizer.iterations))
+        return updates_of(self.model.optimizer)
 
     def _write(self, step: int) -> None:
         if step == self._written:

@@ -19,7 +19,7 @@ from keras import ops
 from keras_blocksparse import blocks, distributions
 from keras_blocksparse.schedules import PACKAGE
 from keras_blocksparse.serialization import LostObject, deserialize, serialize
-from keras_blocksparse.variables import creation_scope, has_value, to_numpy, untracked_variable
+from keras_blocksparse.variables import creation_scope, has_value, is_variable, to_numpy, untracked_variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class BlockPruning(keras.constraints.Constraint):
 
     def __call__(self, w: Any) -> Any:
         """The weight after an update, with its masked blocks at zero."""
-        if self.variable is None and isinstance(w, keras.Variable):
+        if self.variable is None and is_variable(w):
             self.bind(w)
         self.traced = True
         value = ops.convert_to_tensor(w)

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeVar
 
 import keras
 
+from keras_blocksparse.variables import is_variable
+
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
 
@@ -96,7 +98,7 @@ class PrunableLayer:
         if not hasattr(self.owner, name):
             raise AttributeError(f"{self.path} has no weight {name!r}, which its PrunableLayer names")
         value = getattr(self.owner, name)
-        if value is not None and not isinstance(value, keras.Variable):
+        if value is not None and not is_variable(value):
             # Keras computes the kernel of layers with LoRA or quantization; there is no one weight to prune.
             raise ValueError(
                 f"{self.path}.{name} is not a plain weight (LoRA or quantization is on), so it cannot be pruned. Prune "

@@ -16,7 +16,7 @@ from keras_blocksparse.constraints import BlockPruning, PruningSettings, checked
 from keras_blocksparse.prunable import Filters, PrunableLayer, PrunableWeight, find_prunable_layers
 from keras_blocksparse.regularizers import DrivenGroupLasso, GroupLassoRegularizer
 from keras_blocksparse.schedules import ThresholdRamp
-from keras_blocksparse.variables import to_numpy
+from keras_blocksparse.variables import to_numpy, updates_of
 
 
 def prune_low_magnitude_block(
@@ -271,7 +271,7 @@ class Pruner:
         """Updates done so far: the optimizer's, or the calls of `step()`."""
         if self.optimizer is None:
             return max(self._last_step, 0)
-        return int(to_numpy(self.optimizer.iterations))
+        return updates_of(self.optimizer)
 
     @property
     def settings(self) -> list[PruningSettings]:

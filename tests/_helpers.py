@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,10 @@ def scheduled(schedule: kbs.PruningSchedule, step: int) -> float:
     return 0.0 if not due else float(schedule.target(due[-1]))
 
 
-Weights = Callable[[Any], list[tuple[Any, int]]]
+def updates(model: Any) -> int:
+    """How often the optimizer of a model has updated its weights."""
+    optimizer = model.optimizer
+    return int(value_of(getattr(optimizer, "inner_optimizer", optimizer).iterations))
 
 
 def pruned_weights(model: Any) -> list[tuple[Any, int]]:
@@ -111,7 +114,7 @@ class Watch(keras.callbacks.Callback):
         self.seen: list[tuple[int, float]] = []
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        step = int(self.model.optimizer.iterations.numpy())
+        step = updates(self.model)
         weights = pruned_weights(self.model)
         if self.count is not None:
             assert len(weights) == self.count, [variable.path for variable, _ in weights]

@@ -15,7 +15,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from _helpers import BLOCK_SIZES, GATES, Watch, assert_sparsity, pruned_weights, read_arrays, scheduled, sequence_data
+from _helpers import (
+    BLOCK_SIZES,
+    GATES,
+    Watch,
+    assert_sparsity,
+    pruned_weights,
+    read_arrays,
+    scheduled,
+    sequence_data,
+    updates,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -270,7 +280,7 @@ def test_swapping_ema_weights_in_and_out(swap_on_epoch, tmp_path):
 
     class EpochEnd(keras.callbacks.Callback):
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            step = int(self.model.optimizer.iterations)
+            step = updates(self.model)
             for variable, gates in pruned_weights(self.model):
                 assert_sparsity(variable, BLOCK, scheduled(SCHEDULE, step), gates, note=f"epoch {epoch}")
             seen.append(step)

@@ -9,7 +9,17 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from _helpers import BLOCK_SIZES, GATES, assert_sparsity, block_zeros, cut, pruned_weights, sequence_data, split_gates
+from _helpers import (
+    BLOCK_SIZES,
+    GATES,
+    assert_sparsity,
+    block_zeros,
+    cut,
+    pruned_weights,
+    sequence_data,
+    split_gates,
+    updates,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -351,9 +361,7 @@ def test_lambda_goes_to_zero_at_the_end_of_the_schedule_and_masks_stay(off_at_en
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             strength = set(update.pruner.strengths.values())
             assert len(strength) == 1
-            penalties.append(
-                (int(model.optimizer.iterations), strength.pop(), float(sum(model.losses)), lasso_value(model))
-            )
+            penalties.append((updates(model), strength.pop(), float(sum(model.losses)), lasso_value(model)))
 
     x, y = sequence_data(outputs=8)
     model.compile("sgd", "mse", **how)

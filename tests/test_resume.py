@@ -14,7 +14,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from _helpers import ROOT, Watch, assert_sparsity, pruned_weights, run_python, scheduled, sequence_data
+from _helpers import ROOT, Watch, assert_sparsity, pruned_weights, run_python, scheduled, sequence_data, updates
 from keras import layers
 
 import keras_blocksparse as kbs
@@ -61,7 +61,7 @@ import keras, numpy as np
 import keras_blocksparse as kbs
 from keras import layers
 sys.path.insert(0, sys.argv[2])
-from _helpers import block_zeros, pruned_weights, sequence_data
+from _helpers import block_zeros, pruned_weights, sequence_data, updates
 
 folder, mode = sys.argv[1], sys.argv[3]
 schedule = kbs.PolynomialDecay(initial_sparsity=0.2, final_sparsity=0.8, begin_step=3, end_step=40, frequency=4)
@@ -80,7 +80,7 @@ class Log(keras.callbacks.Callback):
             for variable, gates in pruned_weights(self.model) for zeros in block_zeros(variable.numpy(), (4, 4), gates)
         ]
         with open(folder + "/log.jsonl", "a") as file:
-            step = int(self.model.optimizer.iterations)
+            step = updates(self.model)
             file.write(json.dumps({"process": os.getpid(), "step": step, "shares": shares}) + "\\n")
 
 class Save(keras.callbacks.Callback):
@@ -216,7 +216,7 @@ def test_loading_weights_between_two_fits_brings_their_masks(tmp_path):
     with pytest.warns(UserWarning, match="does not get to its end"):
         model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[kbs.UpdatePruningStep()])
     model.load_weights(tmp_path / "at16.weights.h5")  # weights and the optimizer's iterations, as Keras saves them
-    step = int(model.optimizer.iterations)
+    step = updates(model)
     watch = Watch(SCHEDULE, BLOCK, count=2)
     model.fit(x, y, batch_size=8, epochs=5, verbose=0, callbacks=[watch, kbs.UpdatePruningStep()])
     assert watch.seen[0][0] == step + 1
