@@ -104,7 +104,7 @@ def input_specs(model: Any, batch_size: int, timesteps: int | None, streaming: b
 
     Args:
         model: a built Keras model.
-        batch_size: takes the place of a batch axis of None.
+        batch_size: takes the place of the batch axis.
         timesteps: takes the place of a time axis (axis 1) of None. None means that the model fixes it.
         streaming: the time axis becomes `timesteps` frames, whatever the model says.
 
@@ -129,8 +129,12 @@ def input_specs(model: Any, batch_size: int, timesteps: int | None, streaming: b
         if not shape:
             raise ValueError(f"Input {name!r} has no batch axis. Received: shape={shape}")
         has_time = len(shape) > 2 or (len(shape) == 2 and (shape[1] is None or "int" in dtype))
-        if shape[0] not in (None, batch_size):
-            raise ValueError(f"Input {name!r} has shape {shape}: its batch is fixed. Received: batch_size={batch_size}")
+        # Keras writes the batch of the first data into a Sequential model without an Input: only states depend on it.
+        if shape[0] not in (None, batch_size) and any(getattr(layer, "stateful", False) for layer in layers_of(model)):
+            raise ValueError(
+                f"Input {name!r} has shape {shape}: its batch is fixed, for the model is stateful. "
+                f"Received: batch_size={batch_size}"
+            )
         static = [batch_size, *shape[1:]]
         if has_time and timesteps is not None:
             if not streaming and shape[1] not in (None, timesteps):

@@ -115,8 +115,9 @@ def test_open_axes(path, no_conversion):
         export_tflite(keras.Sequential([keras.Input((4, None)), layers.Lambda(lambda x: x)]), path)
     with pytest.raises(ValueError, match="no time axis"):
         export_tflite(keras.Sequential([keras.Input((4,)), layers.Dense(4)]), path, timesteps=3)
+    stateful = layers.GRU(4, stateful=True)
     with pytest.raises(ValueError, match=r"\(2, 4, 8\).*batch_size=1"):
-        export_tflite(keras.Sequential([keras.Input(batch_shape=(2, 4, 8)), layers.GRU(4)]), path)
+        export_tflite(keras.Sequential([keras.Input(batch_shape=(2, 4, 8)), stateful]), path, streaming=True)
 
 
 def test_stateful_without_streaming(path, no_conversion):

@@ -119,6 +119,14 @@ MODELS = {
 }
 
 
+def test_model_that_its_first_batch_built(tmp_path):
+    model = keras.Sequential([layers.GRU(32), layers.Dense(3)])
+    model(np.zeros((4, 6, 8), "float32"))
+    assert model.inputs[0].shape[0] == 4
+    report = export_tflite(model, tmp_path / "model.tflite", runtimes=QUICK, measure_latency=False)
+    assert report.inputs["x"][0] == (1, 6, 8)
+
+
 @pytest.mark.parametrize("quantize", [None, "int8", "float16"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_file_computes_what_the_model_computes(kind, quantize, tmp_path):
