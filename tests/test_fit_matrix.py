@@ -59,6 +59,8 @@ def train(
     before, after = watchers
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        # Keras 3.5, where an execution is longer than what is left of the epoch
+        warnings.filterwarnings("ignore", "Your input ran out of data")
         model.fit(
             x, y, batch_size=8, epochs=epochs, verbose=0, shuffle=False,
             callbacks=[before, *callbacks, kbs.UpdatePruningStep(), after],

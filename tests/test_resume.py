@@ -88,7 +88,10 @@ class Save(keras.callbacks.Callback):
         self.model.save(folder + "/next.keras")
         os.replace(folder + "/next.keras", model_file)
 
-backup = keras.callbacks.BackupAndRestore(folder + "/backup", save_freq=1, double_checkpoint=True)
+try:
+    backup = keras.callbacks.BackupAndRestore(folder + "/backup", save_freq=1, double_checkpoint=True)
+except TypeError:       # before Keras 3.6
+    backup = keras.callbacks.BackupAndRestore(folder + "/backup", save_freq=1)
 keep = Save() if mode == "load" else backup
 x, y = sequence_data(samples=96)
 model.fit(x, y, batch_size=8, epochs=5, verbose=0, callbacks=[keep, kbs.UpdatePruningStep(), Log()])

@@ -275,7 +275,7 @@ print("zeros", sum(int((w.numpy() == 0).sum()) for w in model.weights if len(w.s
 
 
 def test_a_stripped_saved_model_serves_where_nobody_knows_this_package(tmp_path):
-    stripped_model(tmp_path).export(tmp_path / "served", verbose=False)
+    stripped_model(tmp_path).export(tmp_path / "served")
     code = """
 import tensorflow as tf
 served = tf.saved_model.load(folder + "/served")
@@ -292,7 +292,7 @@ def test_a_model_under_pruning_can_be_exported_and_served(tmp_path):
 
     model = keras.Sequential([keras.Input((4, 8)), prune(layers.GRU(12)), head()])
     train(model, 2)
-    model.export(tmp_path / "served", verbose=False)
+    model.export(tmp_path / "served")
     x, _ = sequence_data(samples=4)
     served = tf.saved_model.load(tmp_path / "served")
     np.testing.assert_allclose(served.serve(x).numpy(), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
