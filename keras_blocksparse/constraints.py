@@ -157,8 +157,12 @@ class BlockPruning(keras.constraints.Constraint):
         # A choice and not a product: a masked NaN or infinity is zero too.
         return ops.where(ops.convert_to_tensor(self._mask), value, ops.zeros((), value.dtype))
 
-    def bind(self, variable: Any) -> None:
+    def bind(self, variable: Any, warn: bool = True) -> None:
         """Takes over `variable` (built, a keras.Variable), with the mask its zero blocks show.
+
+        Args:
+            variable: the weight to prune.
+            warn: whether to warn if it is smaller than a block; the caller does it otherwise.
 
         Raises:
             ValueError: the weight holds NaN or infinities.
@@ -170,7 +174,8 @@ class BlockPruning(keras.constraints.Constraint):
             self.grid = blocks.BlockGrid(tuple(variable.shape), self.settings.block_size, self.gates, self.row_axes)
         except ValueError as error:
             self.skipped = str(error)
-            warnings.warn(f"{variable.path} is not pruned. {error}", stacklevel=2)
+            if warn:
+                warnings.warn(self.refusal, stacklevel=3)
             return
         import tensorflow as tf
 
@@ -186,6 +191,11 @@ class BlockPruning(keras.constraints.Constraint):
                 self._mask = untracked_variable(self.grid.expand(self.kept), "bool", f"{variable.name}_mask")
                 if self.settings.revival:
                     self._unmasked = untracked_variable(weight, variable.dtype, f"{variable.name}_unmasked")
+
+    @property
+    def refusal(self) -> str:
+        """A sentence that says which weight is left alone, and why. Only if it is `skipped`."""
+        return f"{self.variable.path} is not pruned. {self.skipped}"
 
     def read_mask_from_weight(self) -> None:
         """Makes the mask agree with the weight's zero blocks, after the weight was loaded or set from outside."""

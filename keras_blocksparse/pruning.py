@@ -65,8 +65,9 @@ def prune_low_magnitude_block(
             `ThresholdRamp`, which has a threshold for each layer type.
         group_lasso: lambda of the group lasso (GLP with a schedule, GL without), or a `GroupLassoRegularizer` whose
             `strength` and `off_at_end` are taken. By default lambda goes to 0 when the schedule ends.
-        filters: regex, list of regexes (`re.search` on the layer's path, such as "encoder/forward_gru") or callable on
-            the layer. What matches is pruned, as in Keras's `quantize()`.
+        filters: regex, list of regexes (`re.search` on the layer's path, such as "encoder/forward_gru", or on a weight
+            of it, such as "forward_gru/recurrent_kernel") or callable on the layer. What matches is pruned, as in
+            Keras's `quantize()`.
         keep_diagonal: keep every block that the diagonal of a recurrent kernel passes through (after LPCNet). They
             count as kept, so the sparsity does not change.
         revival: whether a pruned block can come back until the schedule ends; see `BlockPruning`.
@@ -104,13 +105,13 @@ def prune_low_magnitude_block(
         for _, variable in pairs:
             checked_value(variable)  # before anything is changed
     constraints = [c for layer, pairs, specs in weights for c in _attach(layer, pairs, specs, settings, lasso)]
-    for refusal in refusals:
-        warnings.warn(refusal, stacklevel=2)
     bound = [c for c in constraints if c.variable is not None]
     if bound and len(bound) == len(constraints) and all(c.skipped for c in bound):
-        reasons = "\n".join(f"  {c.variable.path}: {c.skipped}" for c in bound)
+        reasons = "\n".join(f"  {c.refusal}" for c in bound)
         strip_pruning(to_prune)
         raise ValueError(f"No weight can be pruned with block_size={settings.block_size}:\n{reasons}")
+    for refusal in [*refusals, *(c.refusal for c in bound if c.skipped)]:
+        warnings.warn(refusal, stacklevel=2)
     _forget_compiled_step(to_prune)
     return to_prune
 
@@ -438,7 +439,7 @@ class Pruner:
     def _raise_nothing_to_drive(self) -> None:
         layers = find_prunable_layers(self.model, everything=True)
         skipped = [
-            f"  {variable.path}: {c.skipped}"
+            f"  {c.refusal}"
             for layer in layers
             for _, variable in _built_weights(layer)
             if (c := pruning_of(variable)) is not None
@@ -491,8 +492,9 @@ def _weights_to_prune(layers: list[PrunableLayer]) -> tuple[list[Weights], list[
     refusals = []
     for layer in layers:
         try:
-            pairs = layer.built_weights()
-            weights.append((layer, pairs, [spec for spec, _ in pairs] or list(layer.get_weight_specs())))
+            pairs = [(spec, variable) for spec, variable in layer.built_weights() if layer.picks(spec)]
+            specs = [spec for spec, _ in pairs] or [spec for spec in layer.get_weight_specs() if layer.picks(spec)]
+            weights.append((layer, pairs, specs))
         except ValueError as error:
             refusals.append(f"{layer.path} is not pruned. {error}")
     if not weights:
@@ -526,7 +528,7 @@ def _attach_weight(
     for holder, name in holders:
         setattr(holder, name, constraint)
     if variable is not None:
-        constraint.bind(variable)
+        constraint.bind(variable, warn=False)
 
     holders = _holders(layer, spec, "regularizer")
     user_regularizer = getattr(*holders[0], None) if holders else None
@@ -551,9 +553,12 @@ def _attach_when_built(layer: PrunableLayer, settings: PruningSettings, lasso: G
     def build_and_attach(*args: Any, **kwargs: Any) -> Any:
         result = build(*args, **kwargs)
         for spec, variable in layer.built_weights():
-            if pruning_of(variable) is None:
+            if layer.picks(spec) and pruning_of(variable) is None:
                 # This may be inside the first training step, when a callback that drives it cannot have found it yet.
-                _attach_weight(layer, spec, variable, settings, lasso).driven = True
+                constraint = _attach_weight(layer, spec, variable, settings, lasso)
+                constraint.driven = True
+                if constraint.skipped:
+                    warnings.warn(constraint.refusal, stacklevel=2)
         return result
 
     layer.layer.build = build_and_attach

@@ -284,6 +284,8 @@ class ThresholdRamp(PruningSchedule):
         magnitudes: dict[str, list[np.ndarray]] = {}
         for layer in find_prunable_layers(model, filters):
             for spec, variable in layer.built_weights():
+                if not layer.picks(spec):
+                    continue
                 magnitudes.setdefault(spec.kind, []).append(np.abs(to_numpy(variable)).ravel())
         _require(bool(magnitudes), "The model has no built prunable layer to read `q` from; build and train it first")
         q = {kind: float(np.quantile(np.concatenate(parts), sparsity)) for kind, parts in magnitudes.items()}

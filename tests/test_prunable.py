@@ -138,6 +138,22 @@ def test_filters(filters, expected):
     assert found(model, filters) == expected
 
 
+def test_filters_pick_single_weights():
+    model = keras.Sequential([keras.Input((4, 8)), layers.GRU(8, name="gru"), layers.Dense(3, name="head")])
+    (gru,) = find_prunable_layers(model, "recurrent_kernel")
+    assert [spec.name for spec in gru.get_weight_specs() if gru.picks(spec)] == ["recurrent_kernel"]
+    pruned = kbs.prune_low_magnitude_block(model, kbs.ConstantSparsity(), (4, 4), filters="gru/recurrent")
+    cell = pruned.layers[0].cell
+    assert isinstance(cell.recurrent_kernel.constraint, kbs.BlockPruning)
+    assert cell.kernel.constraint is None
+    unbuilt = kbs.prune_low_magnitude_block(
+        layers.GRU(8, name="gru"), kbs.ConstantSparsity(), (4, 4), filters="recurrent_kernel"
+    )
+    unbuilt.build((None, 4, 8))
+    assert isinstance(unbuilt.cell.recurrent_kernel.constraint, kbs.BlockPruning)
+    assert unbuilt.cell.kernel.constraint is None
+
+
 @pytest.mark.parametrize("filters", [3, [1, 2], [None], {"a": 1}])
 def test_filters_that_cannot_be(filters):
     with pytest.raises(TypeError, match=re.escape(f"filters={filters!r}")):
