@@ -143,13 +143,17 @@ def library_path() -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library.
+    """The package's library, loaded once."""
+    return open_library(library_path())
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Loads a libkbs and declares its functions.
 
     Raises:
-        ImportError: it is missing or cannot be loaded.
+        ImportError: it cannot be loaded, or is another library.
         RuntimeError: it is another version than this package's.
     """
-    path = library_path()
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:

@@ -33,7 +33,9 @@ class BlockSparseMatrix:
     """
 
     def __init__(self, packed: bytes | np.ndarray) -> None:
-        data = np.frombuffer(packed, np.uint8) if not isinstance(packed, np.ndarray) else packed.reshape(-1).view(np.uint8)
+        data = (
+            np.frombuffer(packed, np.uint8) if not isinstance(packed, np.ndarray) else packed.reshape(-1).view(np.uint8)
+        )
         if data.ctypes.data % 64:
             aligned = _aligned_bytes(data.size)
             aligned[:] = data

@@ -117,7 +117,8 @@ KBS_API kbs_status kbs_sampled_product(const kbs_matrix* matrix, const float* x,
 
 /* ---- activations ---------------------------------------------------------------------------------------------- */
 
-/* y = f(x), n floats; x and y may be the same. tanh and sigmoid are within 2 ulp of the true value everywhere. */
+/* y = f(x), n floats; x and y may be the same. For every float, tanh is within 2 ulp of the true value,
+ * sigmoid within 2.5. */
 KBS_API kbs_status kbs_activate(int32_t activation, float limit, const float* x, int64_t n, float* y);
 
 /* ---- recurrent layers ----------------------------------------------------------------------------------------- */

@@ -14,6 +14,10 @@ namespace {
 
 constexpr int kZeroPoint = 0;
 
+// The other lanes may hold anything.
+KBS_INLINE V in_low_lanes(V v) { return v; }
+KBS_INLINE V in_low_lanes(Floats<4> v) { return (V)_mm256_castps128_ps256((__m128)v); }
+
 // As in the baseline. vpmaddubsw would take half the instructions, and saturate.
 KBS_INLINE I dot4(I sum, I w, I x) {
   const __m256i a = (__m256i)w, b = (__m256i)x;

@@ -16,6 +16,9 @@ namespace {
 
 constexpr int kZeroPoint = 0;
 
+// The other lanes may hold anything.
+KBS_INLINE V in_low_lanes(V v) { return v; }
+
 // sum[i] += w[4i..4i+4] . x[4i..4i+4], bytes as signed: even and odd bytes as 16 bits, whose products fit 32.
 KBS_INLINE I dot4(I sum, I w, I x) {
 #if defined(__SSE2__)

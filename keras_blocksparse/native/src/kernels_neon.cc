@@ -14,6 +14,9 @@ namespace {
 
 constexpr int kZeroPoint = 0;
 
+// The other lanes may hold anything.
+KBS_INLINE V in_low_lanes(V v) { return v; }
+
 KBS_INLINE I dot4(I sum, I w, I x) {
   const int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
   const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));

@@ -14,6 +14,9 @@ namespace {
 
 constexpr int kZeroPoint = 0;
 
+// The other lanes may hold anything.
+KBS_INLINE V in_low_lanes(V v) { return v; }
+
 KBS_INLINE I dot4(I sum, I w, I x) { return (I)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x); }
 
 }  // namespace

@@ -8,6 +8,57 @@ namespace kbs {
 namespace KBS_ISA {
 namespace {
 
+template <int... Lane>
+KBS_INLINE V halves(V a, V b, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(a, b, (Lane < L / 2 ? Lane : L + Lane)...);
+}
+template <int W, int... Lane>
+KBS_INLINE V repeat_each(V v, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(v, v, (Lane / W)...);
+}
+
+KBS_INLINE float unit(const char* p) {
+  float x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+
+// L / W units of 4 bytes beginning at p, each repeated in W lanes. in_low_lanes() is the instruction set's own.
+template <int W>
+KBS_INLINE V expand(const char* p) {
+  using Lanes = std::make_integer_sequence<int, L>;
+  if constexpr (W >= L) {
+    return broadcast(unit(p));
+  } else if constexpr (W * 2 == L) {
+    return halves(broadcast(unit(p)), broadcast(unit(p + 4)), Lanes{});
+  } else if constexpr (W == 1) {
+    return load(p);
+  } else {
+    return repeat_each<W>(in_low_lanes(load<Floats<L / W>>(p)), Lanes{});
+  }
+}
+
+// The same, from units at p + index[i] * size.
+template <int W, int size>
+KBS_INLINE V expand_gathered(const char* p, const int32_t* index) {
+  using Lanes = std::make_integer_sequence<int, L>;
+  const auto at = [&](int i) KBS_INLINE_LAMBDA { return unit(p + (ptrdiff_t)index[i] * size); };
+  if constexpr (W >= L) {
+    return broadcast(at(0));
+  } else if constexpr (W * 2 == L) {
+    return halves(broadcast(at(0)), broadcast(at(1)), Lanes{});
+  } else if constexpr (L / W == 4) {
+    const Floats<L / W> v = {at(0), at(1), at(2), at(3)};
+    return repeat_each<W>(in_low_lanes(v), Lanes{});
+  } else if constexpr (L / W == 8) {
+    const Floats<L / W> v = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+    return repeat_each<W>(in_low_lanes(v), Lanes{});
+  } else {
+    return Floats<L / W>{at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7),
+                         at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)};
+  }
+}
+
 // ---- vectors over the outputs: a few rows of x ------------------------------------------------------------------
 
 struct Float32 {
@@ -48,6 +99,21 @@ struct RowSums {
   }
 };
 
+// Runs of R tiles, several at a time.
+template <class T, int W, int B, int U, int R>
+KBS_INLINE void short_runs(const Strip& strip, const int32_t* index, const char* w, const char* x, size_t stride,
+                           RowSums<T, W, B, U>& sums) {
+  constexpr uint32_t q = kTile / W;
+  constexpr int runs = U / R > 0 ? U / R : 1;
+  const auto run = [&](int u, const char* w, const char* at) KBS_INLINE_LAMBDA {
+    for (int t = 0; t < R; t++) sums.tile((u + t) % U, w + t * kTileBytes, at + t * q * 4, stride);
+  };
+  uint32_t i = 0;
+  for (; i + runs <= strip.runs; i += runs, w += runs * R * kTileBytes)
+    for (int u = 0; u < runs; u++) run(u * R, w + u * R * kTileBytes, x + (ptrdiff_t)index[i + u] * T::size);
+  for (; i < strip.runs; i++, w += R * kTileBytes) run(0, w, x + (ptrdiff_t)index[i] * T::size);
+}
+
 // The sums of one strip for B rows of x. U tiles are under way at once, to hide the latency of the additions.
 template <class T, int W, int B, int U>
 KBS_INLINE void strip_rows(const Strip& strip, const int32_t* index, const char* w, const char* x, size_t stride,
@@ -60,10 +126,9 @@ KBS_INLINE void strip_rows(const Strip& strip, const int32_t* index, const char*
       for (int u = 0; u < U; u++) sums.gathered_tile(u, w + u * kTileBytes, x, stride, index + i + u * q);
     for (; i < strip.runs; i += q, w += kTileBytes) sums.gathered_tile(0, w, x, stride, index + i);
   } else if (run_tiles == 1) {
-    uint32_t i = 0;
-    for (; i + U <= strip.runs; i += U, w += U * kTileBytes)
-      for (int u = 0; u < U; u++) sums.tile(u, w + u * kTileBytes, x + (ptrdiff_t)index[i + u] * T::size, stride);
-    for (; i < strip.runs; i++, w += kTileBytes) sums.tile(0, w, x + (ptrdiff_t)index[i] * T::size, stride);
+    short_runs<T, W, B, U, 1>(strip, index, w, x, stride, sums);
+  } else if (run_tiles == 2) {
+    short_runs<T, W, B, U, 2>(strip, index, w, x, stride, sums);
   } else {
     for (uint32_t i = 0; i < strip.runs; i++) {
       const char* at = x + (ptrdiff_t)index[i] * T::size;

@@ -9,7 +9,7 @@
 namespace kbs {
 namespace {
 
-constexpr int64_t kMaxSide = int64_t{1} << 30;
+constexpr int64_t kMaxSide = int64_t{1} << 28;  // padded, it still fits an int32
 // |w| <= 127 and |x| <= 127: a longer sum could leave int32.
 constexpr int64_t kMaxInt8Rows = 131072;
 
@@ -48,6 +48,14 @@ kbs_status check_shape(const Shape& s) {
   return KBS_OK;
 }
 
+// Where runs point that only fill up, and where the rows end that kernels may read. A bfloat16 strip may be filled up
+// with a whole run.
+uint64_t padding_row(const Shape& s) { return (uint64_t)s.down() * round_up((uint64_t)s.block_rows, s.unit_rows()); }
+uint64_t padded_rows(const Shape& s) {
+  const uint64_t fill = std::max<uint64_t>(kTile * s.unit_rows(), s.dtype == KBS_BFLOAT16 ? s.block_rows : 0);
+  return round_up(padding_row(s) + fill, kTile);
+}
+
 // Unit rows in one run of a strip of this width.
 uint32_t run_length(int64_t block_rows, uint32_t unit_rows, uint32_t width) {
   const uint32_t q = kTile / width;
@@ -75,8 +83,7 @@ kbs_status make_plan(const float* w, const Shape& s, const uint8_t* keep, Plan* 
   h.magic = kMagic, h.version = kFormatVersion, h.dtype = (uint32_t)s.dtype, h.unit_rows = unit_rows;
   h.rows = (uint32_t)s.rows, h.cols = (uint32_t)s.cols, h.gates = (uint32_t)s.gates;
   h.block_rows = (uint32_t)s.block_rows, h.block_cols = (uint32_t)s.block_cols;
-  h.padding_row = (uint32_t)(down * (int64_t)round_up(s.block_rows, unit_rows));
-  h.padded_rows = (uint32_t)round_up(h.padding_row + kTile * unit_rows, kTile);
+  h.padding_row = (uint32_t)padding_row(s), h.padded_rows = (uint32_t)padded_rows(s);
 
   plan->kept.resize((size_t)(s.gates * across));
   for (int64_t gate = 0; gate < s.gates; gate++) {
@@ -265,9 +272,7 @@ kbs_status open_packed(const void* packed, int64_t bytes, View* view) {
   const Shape s{h.rows, h.cols, h.gates, h.block_rows, h.block_cols, (int32_t)h.dtype};
   if (h.dtype > KBS_INT8 || check_shape(s) != KBS_OK) return corrupt("its shape makes no sense");
   if (h.unit_rows != s.unit_rows()) return corrupt("its units do not fit its dtype");
-  const uint64_t padding = (uint64_t)s.down() * round_up(h.block_rows, h.unit_rows);
-  if (h.padding_row != padding || h.padded_rows != round_up(padding + kTile * h.unit_rows, kTile))
-    return corrupt("its padding is wrong");
+  if (h.padding_row != padding_row(s) || h.padded_rows != padded_rows(s)) return corrupt("its padding is wrong");
 
   // Parts follow each other; with every count and offset checked against the size, nothing below can overflow.
   struct Part { uint64_t offset, count, size; };
@@ -292,10 +297,11 @@ kbs_status open_packed(const void* packed, int64_t bytes, View* view) {
   uint64_t run = 0, tile = 0, col = 0;
   for (uint64_t i = 0; i < h.strips; i++) {
     const Strip& strip = strips[i];
-    if (strip.width < 1 || strip.width > kTile || (strip.width & (strip.width - 1)) || strip.col != col)
-      return corrupt("a strip is out of place");
+    if (col >= h.cols) return corrupt("it has too many strips");
+    const uint64_t in_gate = col % (h.cols / h.gates), in_block = in_gate % h.block_cols;
+    const uint64_t left = std::min(h.block_cols - in_block, h.cols / h.gates - in_gate);
+    if (strip.col != col || strip.width != widest((uint32_t)left)) return corrupt("a strip is out of place");
     col += strip.width;
-    if (col > h.cols) return corrupt("a strip is out of place");
     const uint32_t q = kTile / strip.width;
     if (strip.run != run_length(h.block_rows, h.unit_rows, strip.width)) return corrupt("a run has a wrong length");
     if (strip.first_run != run || strip.first_tile != tile) return corrupt("strips do not follow each other");

@@ -80,44 +80,6 @@ KBS_INLINE void transpose(Floats<N> (&a)[R]) {
   }
 }
 
-template <int W, int... Lane, class T>
-KBS_INLINE V repeat_each(T few, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(few, few, (Lane / W)...);
-}
-
-// L / W units of 4 bytes beginning at p, each repeated in W lanes.
-template <int W>
-KBS_INLINE V expand(const char* p) {
-  if constexpr (W >= L) {
-    float x;
-    std::memcpy(&x, p, 4);
-    return broadcast(x);
-  } else if constexpr (W == 1) {
-    return load(p);
-  } else {
-    return repeat_each<W>(load<Floats<L / W>>(p), std::make_integer_sequence<int, L>{});
-  }
-}
-
-// The same, from units at p + index[i] * size.
-template <int W, int size>
-KBS_INLINE V expand_gathered(const char* p, const int32_t* index) {
-  constexpr int n = W >= L ? 1 : L / W;
-  float few[n];
-  for (int i = 0; i < n; i++) std::memcpy(&few[i], p + (ptrdiff_t)index[i] * size, 4);
-  if constexpr (n == 1) {
-    return broadcast(few[0]);
-  } else {
-    Floats<n> v;
-    for (int i = 0; i < n; i++) v[i] = few[i];
-    if constexpr (n == L) {
-      return v;
-    } else {
-      return repeat_each<W>(v, std::make_integer_sequence<int, L>{});
-    }
-  }
-}
-
 // y (+)= values (+ bias), W of them.
 template <int W>
 KBS_INLINE void emit(const Output& out, size_t row, uint32_t col, const float* values) {
