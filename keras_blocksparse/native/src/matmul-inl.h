@@ -382,11 +382,19 @@ KBS_INLINE void panel_sums(const Strip& strip, const int32_t* index, const float
     for (int c = 0; c < C; c++)
       for (int p = 0; p < P; p++) part[u][c][p] += w[c] * v[p];
   };
+  // The panel is larger than the first cache, and its rows come in no order: ask for those of the next runs. It pays
+  // where a row of x is used long enough.
+  constexpr bool ask = P == 2 || W == 16;
+  const uint32_t ahead = strip.run >= 8 ? 1 : 4;
   for (uint32_t i = 0; i < strip.runs; i++) {
     const float* x = panel + (size_t)index[i] * lanes;
+    const float* next = panel + (size_t)index[i + ahead < strip.runs ? i + ahead : i] * lanes;
     uint32_t r = 0;
     for (; r + rows <= strip.run; r += rows, w += rows * W, x += rows * lanes)
-      for (int u = 0; u < rows; u++) row(u, w + u * W, x + u * lanes);
+      for (int u = 0; u < rows; u++) {
+        for (int p = 0; ask && p < P; p++) __builtin_prefetch(next + (r + u) * lanes + p * N);
+        row(u, w + u * W, x + u * lanes);
+      }
     for (; r < strip.run; r++, w += W, x += lanes) row(0, w, x);
   }
   for (int c = 0; c < C; c++)
@@ -436,18 +444,28 @@ void strip_panel(const View& view, const Strip& strip, const float* w, const flo
 // two rows of x in a register and the two weights that go with them beside each other.
 void strip_panel8_wide(const View& view, const Strip& strip, const float* w, const float* panel, int n,
                        const Output& out) {
-  V sum[8] = {};
+  V sum[2][8] = {};  // even and odd rows: with eight sums alone, one late load would hold up everything behind it
   const int32_t* index = view.index + strip.first_run;
   for (uint32_t i = 0; i < strip.runs; i++) {
     const float* x = panel + (size_t)index[i] * 8;
-    for (uint32_t r = 0; r < strip.run; r++, w += 16, x += 8) {
+    const float* next = panel + (size_t)index[i + 1 < strip.runs ? i + 1 : i] * 8;
+    uint32_t r = 0;
+    for (; r + 2 <= strip.run; r += 2, w += 32, x += 16) {
+      __builtin_prefetch(next + r * 8);  // the weights come in order, rows of x do not
+      for (int u = 0; u < 2; u++) {
+        const V row = load(w + u * 16);
+        for (int b = 0; b < 8; b++) sum[u][b] += row * x[u * 8 + b];
+      }
+    }
+    if (r < strip.run) {
       const V row = load(w);
-      for (int b = 0; b < 8; b++) sum[b] += row * x[b];
+      for (int b = 0; b < 8; b++) sum[0][b] += row * x[b];
+      w += 16;
     }
   }
   for (int b = 0; b < n; b++) {
     float y[16];
-    store(y, sum[b]);
+    store(y, sum[0][b] + sum[1][b]);
     emit<16>(out, b, strip.col, y);
   }
 }
