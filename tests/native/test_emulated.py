@@ -29,7 +29,19 @@ def build(folder, compiler, *options):
     run("cmake", "--build", folder, "-j2")
     check = folder / "check"
     include = f"-I{native / 'include'}"
-    run(compiler, "-std=c++17", "-O1", include, CHECK, "-o", check, f"-L{folder}", "-lkbs", f"-Wl,-rpath,{folder}")
+    run(
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-pthread",
+        include,
+        CHECK,
+        "-o",
+        check,
+        f"-L{folder}",
+        "-lkbs",
+        f"-Wl,-rpath,{folder}",
+    )
     return check
 
 
