@@ -57,7 +57,7 @@ def test_ninety_percent_zero_is_about_ten_times_smaller(block_size):
         matrix = BlockSparseMatrix.from_dense(w, block_size, 3, dtype)
         # The index weighs more, the smaller values and blocks are.
         assert matrix.nbytes <= 1.75 * w.nbytes / factor, dtype
-        assert dtype != "float32" or matrix.nbytes <= 1.1 * w.nbytes / factor
+        assert dtype != "float32" or matrix.nbytes <= 1.2 * w.nbytes / factor
 
 
 def test_blocks_can_be_kept_that_are_zero():

@@ -370,6 +370,10 @@ KBS_INLINE const float* widened(const View& view, const Strip& strip, float* scr
   return scratch;
 }
 
+// Weights come in order, but so slowly at a large batch that the CPU's own prefetcher stays near; if they are not in its
+// caches any more, that is too late.
+KBS_INLINE void ask_for_weights(const float* w) { __builtin_prefetch((const char*)w + 4096); }
+
 // Sums for C columns (of W, from w) and P registers of N lanes.
 template <int N, int W, int C, int P>
 KBS_INLINE void panel_sums(const Strip& strip, const int32_t* index, const float* w, const float* panel, int lanes,
@@ -392,6 +396,7 @@ KBS_INLINE void panel_sums(const Strip& strip, const int32_t* index, const float
     uint32_t r = 0;
     for (; r + rows <= strip.run; r += rows, w += rows * W, x += rows * lanes)
       for (int u = 0; u < rows; u++) {
+        if (W == 16) ask_for_weights(w + u * W);
         for (int p = 0; ask && p < P; p++) __builtin_prefetch(next + (r + u) * lanes + p * N);
         row(u, w + u * W, x + u * lanes);
       }
@@ -451,8 +456,9 @@ void strip_panel8_wide(const View& view, const Strip& strip, const float* w, con
     const float* next = panel + (size_t)index[i + 1 < strip.runs ? i + 1 : i] * 8;
     uint32_t r = 0;
     for (; r + 2 <= strip.run; r += 2, w += 32, x += 16) {
-      __builtin_prefetch(next + r * 8);  // the weights come in order, rows of x do not
+      __builtin_prefetch(next + r * 8);
       for (int u = 0; u < 2; u++) {
+        ask_for_weights(w + u * 16);
         const V row = load(w + u * 16);
         for (int b = 0; b < 8; b++) sum[u][b] += row * x[u * 8 + b];
       }

@@ -21,7 +21,7 @@ namespace kbs {
 namespace {
 
 // About 30 us: longer than threads of one call wait for each other, shorter than anyone would notice.
-constexpr int kSpins = 1000;
+constexpr int kSpins = 2000;
 constexpr uint32_t kThreadsMask = 255;
 
 void pause() {
@@ -66,23 +66,25 @@ void Signal::set(uint32_t value) {
   if (sleepers_.load(std::memory_order_seq_cst)) wake_all(count_);
 }
 
-void Signal::wait_past(uint32_t old) {
+bool Signal::wait_past(uint32_t old) {
   for (int i = 0; i < kSpins; i++) {
-    if (now() != old) return;
+    if (now() != old) return false;
     pause();
   }
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (count_.load(std::memory_order_seq_cst) == old) sleep_while(count_, old);
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+  return true;
 }
 
 void Barrier::wait() {
   const uint32_t round = passed_.now();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
+    meetings_.fetch_add(1, std::memory_order_relaxed);
     passed_.raise();
-  } else {
-    passed_.wait_past(round);
+  } else if (passed_.wait_past(round)) {
+    sleeps_.fetch_add(1, std::memory_order_relaxed);
   }
 }
 

@@ -14,7 +14,7 @@ class Signal {
   uint32_t now() const { return count_.load(std::memory_order_acquire); }
   void raise() { set(now() + 1); }
   void set(uint32_t value);  // one thread at a time
-  void wait_past(uint32_t old);
+  bool wait_past(uint32_t old);  // whether it had to sleep
 
  private:
   std::atomic<uint32_t> count_{0};
@@ -26,9 +26,13 @@ class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
   void wait();
+  // Whether threads slept at more than one meeting of four: then they do not run at the same time, because other
+  // programs have the cores, and meeting costs more than it saves.
+  bool crowded() const { return 4 * sleeps_.load() > meetings_.load(); }
 
  private:
   const int threads_;
+  std::atomic<uint32_t> meetings_{0}, sleeps_{0};
   std::atomic<int> arrived_{0};
   Signal passed_;
 };
