@@ -26,8 +26,10 @@ ROWS, COLS, SPARSITY = 2560, 7680, 0.9
 # What the machine can do, in C: a read of a buffer as large as the weights, and multiply-adds in registers.
 LIMITS = r"""
 #include <stddef.h>
+extern "C" float read_all(const void*, size_t), multiply_add(size_t);
 typedef float V __attribute__((vector_size(64)));
-float read_all(const V* p, size_t n) {
+float read_all(const void* buffer, size_t n) {
+  const V* p = (const V*)buffer;
   V sum[8] = {};
   for (size_t i = 0; i + 8 <= n; i += 8)
     for (int j = 0; j < 8; j++) sum[j] += p[i + j];
@@ -35,12 +37,16 @@ float read_all(const V* p, size_t n) {
   return sum[0][0];
 }
 float multiply_add(size_t n) {
-  V sum[16] = {}, x = sum[0] + 0.999f, y = sum[0] + 1e-3f;
+  V x = V{} + 0.999f, y = V{} + 1e-3f, sum[16];
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; j++) sum[j] = x;
   for (size_t i = 0; i < n; i++)
+#pragma GCC unroll 16
     for (int j = 0; j < 16; j++) {
       sum[j] = sum[j] * x + y;
-      __asm__ volatile("" : "+x"(sum[j]));
+      __asm__ volatile("" : "+v"(sum[j]));
     }
+#pragma GCC unroll 16
   for (int j = 1; j < 16; j++) sum[0] += sum[j];
   return sum[0][0];
 }
@@ -65,12 +71,10 @@ class Limits:
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
         with tempfile.TemporaryDirectory() as folder:
-            source, library = Path(folder, "limits.c"), Path(folder, "limits.so")
+            source, library = Path(folder, "limits.cc"), Path(folder, "limits.so")
             source.write_text(LIMITS)
-            command = ["g++", "-x", "c++", "-fPIC", "-O3", "-march=native", "-fpermissive", "-w", "-shared"]
-            source.write_text(LIMITS.replace("float read_all", 'extern "C" float read_all').replace(
-                "float multiply_add", 'extern "C" float multiply_add'))  # fmt: skip
-            subprocess.run([*command, "-o", str(library), str(source)], check=True)
+            command = ["g++", "-fPIC", "-O3", "-march=native", "-w", "-shared", "-o", str(library), str(source)]
+            subprocess.run(command, check=True)
             self._lib = ctypes.CDLL(str(library))
         self._lib.read_all.restype = self._lib.multiply_add.restype = ctypes.c_float
         count = 200_000
@@ -111,11 +115,12 @@ def main() -> None:
     set_num_threads(arguments.threads)
     limits = Limits(repeats)
     print(
-        f"{cpu()}, {os.cpu_count()} cores, {arguments.threads} thread(s), {get_isa()}, Python {platform.python_version()}"
+        f"{cpu()}, {os.cpu_count()} cores, {arguments.threads} thread(s), {get_isa()}, numpy {np.__version__}; medians"
     )
     print(f"{ROWS} x {COLS}, {SPARSITY:.0%} zero. FMA peak {limits.flops / 1e9:.0f} GFLOP/s a core")
-    head = f"{'dtype':9}{'block':>7}{'batch':>6}{'us':>9}{'MB':>6}{'GB/s':>7}{'read us':>9}{'of read':>9}{'GFLOP/s':>9}{'of peak':>9}"
-    print(head)
+    print("of read: time to read a buffer of the same size once; of peak: multiply-adds of the kept blocks\n")
+    columns = ("dtype", "block", "batch", "us", "MB", "GB/s", "read us", "of read", "GFLOP/s", "of peak")
+    print("".join(f"{name:>10}" for name in columns))
     for dtype in ("float32", "bfloat16", "int8"):
         for block_size in ((16, 16), (4, 4), (8, 4), (4, 8), (32, 32)):
             matrix = BlockSparseMatrix.from_dense(pruned(block_size), block_size, dtype=dtype)
@@ -124,11 +129,17 @@ def main() -> None:
                 x = np.random.default_rng(1).standard_normal((batch, ROWS)).astype(np.float32)
                 seconds = median_seconds(ours(matrix, x), repeats)
                 flops = 2 * matrix.density * ROWS * COLS * batch / seconds
-                print(
-                    f"{dtype:9}{'%dx%d' % block_size:>7}{batch:6}{seconds * 1e6:9.1f}{matrix.nbytes / 1e6:6.1f}"
-                    f"{matrix.nbytes / seconds / 1e9:7.1f}{read * 1e6:9.1f}{read / seconds:9.2f}"
-                    f"{flops / 1e9:9.1f}{flops / limits.flops:9.2f}"
+                numbers = (
+                    f"{seconds * 1e6:.1f}",
+                    f"{matrix.nbytes / 1e6:.1f}",
+                    f"{matrix.nbytes / seconds / 1e9:.1f}",
+                    f"{read * 1e6:.1f}",
+                    f"{read / seconds:.2f}",
+                    f"{flops / 1e9:.1f}",
+                    f"{flops / limits.flops:.2f}",
                 )
+                block = f"{block_size[0]}x{block_size[1]}"
+                print("".join(f"{text:>10}" for text in (dtype, block, str(batch), *numbers)))
 
 
 def cpu() -> str:
