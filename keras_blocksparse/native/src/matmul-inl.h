@@ -194,27 +194,40 @@ void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_
       }
     }
   };
+  const auto rows_at = [&](int u, const char* w, const float* first, const float* second) KBS_INLINE_LAMBDA {
+    pair(u, w, [&](int half, int b, int part) KBS_INLINE_LAMBDA {
+      return expand<W>((const char*)((half ? second : first) + b * stride + part * L / W));
+    });
+  };
   const uint32_t run_tiles = strip.run / q;
+  uint32_t i = 0;
   if (run_tiles == 0) {
-    for (uint32_t i = 0; i < strip.runs; i += 2 * q, w += kTileBytes)
-      pair(0, w, [&](int half, int b, int part) KBS_INLINE_LAMBDA {
-        return expand_gathered<W, 4>((const char*)(x + b * stride), index + i + half * q + part * L / W);
+    const auto gathered = [&](int u, const char* w, const int32_t* rows) KBS_INLINE_LAMBDA {
+      pair(u, w, [&](int half, int b, int part) KBS_INLINE_LAMBDA {
+        return expand_gathered<W, 4>((const char*)(x + b * stride), rows + half * q + part * L / W);
       });
+    };
+    for (; i < strip.runs; i += 2 * q, w += kTileBytes) gathered(0, w, index + i);
+  } else if (run_tiles == 1) {
+    for (; i + 2 * kUnroll <= strip.runs; i += 2 * kUnroll, w += kUnroll * kTileBytes)
+      for (int u = 0; u < kUnroll; u++)
+        rows_at(u, w + u * kTileBytes, x + index[i + 2 * u], x + index[i + 2 * u + 1]);
+    for (; i < strip.runs; i += 2, w += kTileBytes) rows_at(0, w, x + index[i], x + index[i + 1]);
+  } else if (run_tiles % 2 == 0) {
+    for (; i < strip.runs; i++) {
+      const float* at = x + index[i];
+      uint32_t t = 0;
+      for (; t + 2 * kUnroll <= run_tiles; t += 2 * kUnroll, w += kUnroll * kTileBytes, at += 2 * kUnroll * q)
+        for (int u = 0; u < kUnroll; u++) rows_at(u, w + u * kTileBytes, at + 2 * u * q, at + (2 * u + 1) * q);
+      for (; t < run_tiles; t += 2, w += kTileBytes, at += 2 * q) rows_at(0, w, at, at + q);
+    }
   } else {
-    // With an odd number of tiles in a run, pairs cross from one run into the next.
-    const uint32_t group = run_tiles % 2 + 1, pairs = group * run_tiles / 2;
-    for (uint32_t i = 0; i < strip.runs; i += group) {
-      const float* rows[2] = {x + index[i], x + index[i + group - 1]};
-      for (uint32_t p = 0; p < pairs; p++, w += kTileBytes) {
-        const float* at[2];
-        for (uint32_t half = 0; half < 2; half++) {
-          const uint32_t t = 2 * p + half;
-          at[half] = t < run_tiles ? rows[0] + t * q : rows[1] + (t - run_tiles) * q;
-        }
-        pair(p % kUnroll, w, [&](int half, int b, int part) KBS_INLINE_LAMBDA {
-          return expand<W>((const char*)(at[half] + b * stride + part * L / W));
-        });
-      }
+    // With an odd number of tiles in a run, the middle one of two runs' pairs crosses from one into the other.
+    for (; i < strip.runs; i += 2) {
+      const auto tile = [&](uint32_t t) KBS_INLINE_LAMBDA {
+        return t < run_tiles ? x + index[i] + t * q : x + index[i + 1] + (t - run_tiles) * q;
+      };
+      for (uint32_t t = 0; t < 2 * run_tiles; t += 2, w += kTileBytes) rows_at(0, w, tile(t), tile(t + 1));
     }
   }
   for (int b = 0; b < B; b++) {
