@@ -19,7 +19,7 @@ from keras import ops
 from keras_blocksparse import blocks, distributions
 from keras_blocksparse.schedules import PACKAGE
 from keras_blocksparse.serialization import LostObject, deserialize, serialize
-from keras_blocksparse.variables import creation_scope, has_value, to_numpy, untracked_variable
+from keras_blocksparse.variables import creation_scope, has_value, is_variable, to_numpy, untracked_variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,11 @@ class PruningSettings:
         score = "max" if isinstance(self.score, LostObject) else self.score
         object.__setattr__(self, "score", blocks.check_score(score))
         object.__setattr__(self, "distribution", distributions.get(self.distribution))
+        for name in ("keep_diagonal", "revival"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
+            object.__setattr__(self, name, bool(value))
 
     @property
     def end_step(self) -> int | None:
@@ -127,11 +132,8 @@ class BlockPruning(keras.constraints.Constraint):
 
     def __call__(self, w: Any) -> Any:
         """The weight after an update, with its masked blocks at zero."""
-        if self.variable is None and isinstance(w, keras.Variable):
-            import tensorflow as tf
-
-            with tf.init_scope():  # variables cannot be made inside the step that is being compiled
-                self.bind(w)
+        if self.variable is None and is_variable(w):
+            self.bind(w)
         self.traced = True
         value = ops.convert_to_tensor(w)
         if self.constraint is not None:
@@ -155,8 +157,12 @@ class BlockPruning(keras.constraints.Constraint):
         # A choice and not a product: a masked NaN or infinity is zero too.
         return ops.where(ops.convert_to_tensor(self._mask), value, ops.zeros((), value.dtype))
 
-    def bind(self, variable: Any) -> None:
+    def bind(self, variable: Any, warn: bool = True) -> None:
         """Takes over `variable` (built, a keras.Variable), with the mask its zero blocks show.
+
+        Args:
+            variable: the weight to prune.
+            warn: whether to warn if it is smaller than a block; the caller does it otherwise.
 
         Raises:
             ValueError: the weight holds NaN or infinities.
@@ -168,23 +174,32 @@ class BlockPruning(keras.constraints.Constraint):
             self.grid = blocks.BlockGrid(tuple(variable.shape), self.settings.block_size, self.gates, self.row_axes)
         except ValueError as error:
             self.skipped = str(error)
-            warnings.warn(f"{variable.path} is not pruned. {error}", stacklevel=2)
+            if warn:
+                warnings.warn(self.refusal, stacklevel=3)
             return
-        if has_value(variable):
-            weight = self._checked_weight()
-            self.kept = _blocks_in_use(weight, self.grid)
-        else:
-            # Keras builds a model without an Input inside its first compiled step, where weights get values only when
-            # it runs. They will be fresh ones.
-            weight, self.kept = np.zeros(self.grid.shape), np.ones(self.grid.grid_shape, bool)
-        with creation_scope(variable):
-            self._mask = untracked_variable(self.grid.expand(self.kept), "bool", f"{variable.name}_mask")
-            if self.settings.revival:
-                self._unmasked = untracked_variable(weight, variable.dtype, f"{variable.name}_unmasked")
+        import tensorflow as tf
+
+        with tf.init_scope():  # variables cannot be made or read inside the step that is being compiled
+            if has_value(variable):
+                weight = checked_value(self.variable)
+                self.kept = _blocks_in_use(weight, self.grid)
+            else:
+                # Keras builds a model without an Input inside its first compiled step, where weights get values only
+                # when it runs. They will be fresh ones.
+                weight, self.kept = np.zeros(self.grid.shape), np.ones(self.grid.grid_shape, bool)
+            with creation_scope(variable):
+                self._mask = untracked_variable(self.grid.expand(self.kept), "bool", f"{variable.name}_mask")
+                if self.settings.revival:
+                    self._unmasked = untracked_variable(weight, variable.dtype, f"{variable.name}_unmasked")
+
+    @property
+    def refusal(self) -> str:
+        """A sentence that says which weight is left alone, and why. Only if it is `skipped`."""
+        return f"{self.variable.path} is not pruned. {self.skipped}"
 
     def read_mask_from_weight(self) -> None:
         """Makes the mask agree with the weight's zero blocks, after the weight was loaded or set from outside."""
-        weight = self._checked_weight()
+        weight = checked_value(self.variable)
         self._set_mask(_blocks_in_use(weight, self.grid))
         if self._unmasked is not None:
             self._unmasked.assign(weight)
@@ -204,6 +219,13 @@ class BlockPruning(keras.constraints.Constraint):
         for average in self.averages:
             average.assign(self._apply_mask(ops.convert_to_tensor(average)))
 
+    def enforce(self) -> None:
+        """Does after an update of the weight what an optimizer does, if none has done it."""
+        if np.logical_and(checked_value(self.variable), ~self.grid.expand(self.kept)).any():
+            traced = self.traced
+            self.variable.assign(self(self.variable))
+            self.traced = traced
+
     def apply(self) -> None:
         """Sets the masked blocks of the weight to zero."""
         self.variable.assign(self._apply_mask(ops.convert_to_tensor(self.variable)))
@@ -214,19 +236,10 @@ class BlockPruning(keras.constraints.Constraint):
             self._mask.assign(self.grid.expand(kept))
 
     def _candidate(self) -> np.ndarray:
-        weight = self._checked_weight()
+        weight = checked_value(self.variable)
         if self._unmasked is None or self.kept.all():
             return weight
         return np.where(self.grid.expand(self.kept), weight, to_numpy(self._unmasked))
-
-    def _checked_weight(self) -> np.ndarray:
-        weight = to_numpy(self.variable)
-        if not np.isfinite(weight).all():
-            raise ValueError(
-                f"{self.variable.path} holds NaN or infinity, so its blocks cannot be ranked. Training has diverged, "
-                "or the weights were loaded from a broken file"
-            )
-        return weight
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, JSON-able."""
@@ -239,6 +252,21 @@ class BlockPruning(keras.constraints.Constraint):
         }
 
 
+def checked_value(variable: Any) -> np.ndarray:
+    """The value of a weight that is to be ranked.
+
+    Raises:
+        ValueError: it holds NaN or infinities.
+    """
+    weight = to_numpy(variable)
+    if not np.isfinite(weight).all():
+        raise ValueError(
+            f"{variable.path} holds NaN or infinity, so its blocks cannot be ranked. Training has diverged, or the "
+            "weights were loaded from a broken file"
+        )
+    return weight
+
+
 def _blocks_in_use(weight: np.ndarray, grid: blocks.BlockGrid) -> np.ndarray:
     """Blocks that are not all zero; every block if the zeros are those of an initializer (zeros, identity)."""
     used = grid.nonzero_blocks(weight)
@@ -246,7 +274,7 @@ def _blocks_in_use(weight: np.ndarray, grid: blocks.BlockGrid) -> np.ndarray:
         return np.ones_like(used)
     if not used.all():
         matrix = weight.reshape(grid.rows, -1)
-        if np.array_equal(matrix, matrix[0, 0] * np.eye(*matrix.shape)):
+        if min(matrix.shape) > 1 and np.array_equal(matrix, matrix[0, 0] * np.eye(*matrix.shape)):
             return np.ones_like(used)
     return used
 

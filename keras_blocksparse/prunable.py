@@ -7,11 +7,14 @@ support for a new layer is a few lines (`register_prunable`), and nothing else i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import keras
+
+from keras_blocksparse.variables import is_variable
 
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
@@ -67,6 +70,8 @@ class PrunableLayer:
     def __init__(self, layer: Any, path: str | None = None) -> None:
         self.layer = layer
         self.path: str = path if path is not None else str(getattr(layer, "name", type(layer).__name__))
+        #: Whether the filters by which the layer was found pick one of its weights.
+        self.picks: Callable[[PrunableWeight | None], bool] = lambda weight: True
 
     @property
     def owner(self) -> Any:
@@ -93,8 +98,10 @@ class PrunableLayer:
     def _variable(self, name: str) -> Any:
         if not getattr(self.owner, "built", True):
             return None
-        value = getattr(self.owner, name, None)
-        if value is not None and not isinstance(value, keras.Variable):
+        if not hasattr(self.owner, name):
+            raise AttributeError(f"{self.path} has no weight {name!r}, which its PrunableLayer names")
+        value = getattr(self.owner, name)
+        if value is not None and not is_variable(value):
             # Keras computes the kernel of layers with LoRA or quantization; there is no one weight to prune.
             raise ValueError(
                 f"{self.path}.{name} is not a plain weight (LoRA or quantization is on), so it cannot be pruned. Prune "
@@ -218,6 +225,10 @@ class _PrunableObject(PrunableLayer):
         known = _registered_adapter(layer)
         self._known = known(layer, self.path) if known else None
 
+    @property
+    def owner(self) -> Any:
+        return self._known.owner if self._known else self.layer
+
     def built_weights(self) -> list[tuple[PrunableWeight, Any]]:
         if not getattr(self.layer, "built", True):
             return []
@@ -247,9 +258,9 @@ def find_prunable_layers(root: Any, filters: Filters = None, everything: bool = 
 
     Args:
         root: Keras model or layer, an object with `get_prunable_weights()`, or a list of such.
-        filters: regex, list of regexes (`re.search` on the layer's path) or callable on the layer; what matches is
-            returned. Without filters, layers inside a model come if their kind is pruned by default; layers that are
-            named themselves always come.
+        filters: regex, list of regexes (`re.search` on the layer's path, or on `path/weight`) or callable on the layer;
+            what matches is returned, and `picks` tells which weights did. Without filters, layers inside a model come
+            if their kind is pruned by default; layers that are named themselves always come.
         everything: also return kinds that are not pruned by default.
 
     Raises:
@@ -279,20 +290,34 @@ def find_prunable_layers(root: Any, filters: Filters = None, everything: bool = 
         is_model = isinstance(top, keras.Model) and _adapt(top, "") is None
         for adapted in walk(top, "" if is_model else getattr(top, "name", type(top).__name__)):
             named = adapted.layer is top or filters is not None
-            if matches(adapted) and (adapted.by_default or named or everything):
+            adapted.picks = functools.partial(matches, adapted)
+            if any(map(adapted.picks, [None, *_known_specs(adapted)])) and (adapted.by_default or named or everything):
                 found.append(adapted)
     return found
 
 
-def _filter_function(filters: Filters) -> Callable[[PrunableLayer], bool]:
+def _known_specs(adapted: PrunableLayer) -> tuple[PrunableWeight, ...]:
+    try:
+        return adapted.get_weight_specs()
+    except ValueError:  # it cannot be pruned; whoever tries will say why
+        return ()
+
+
+def _filter_function(filters: Filters) -> Callable[[PrunableLayer, PrunableWeight | None], bool]:
+    """Whether filters pick a layer as a whole (`None`), or one weight of it."""
     if filters is None:
-        return lambda adapted: True
+        return lambda adapted, weight: True
     if isinstance(filters, str):
         filters = [filters]
     if callable(filters):
         predicate = filters
-        return lambda adapted: bool(predicate(adapted.layer))
+        return lambda adapted, weight: bool(predicate(adapted.layer))
     if isinstance(filters, Sequence) and all(isinstance(pattern, str) for pattern in filters):
         patterns = [re.compile(pattern) for pattern in filters]
-        return lambda adapted: any(pattern.search(adapted.path) for pattern in patterns)
+
+        def search(adapted: PrunableLayer, weight: PrunableWeight | None) -> bool:
+            names = [adapted.path] if weight is None else [adapted.path, f"{adapted.path}/{weight.name}"]
+            return any(pattern.search(name) for pattern in patterns for name in names)
+
+        return search
     raise TypeError(f"`filters` must be a regex, a list of regexes or a callable. Received: filters={filters!r}")

@@ -12,16 +12,16 @@ import keras
 import numpy as np
 
 from keras_blocksparse import blocks, distributions
-from keras_blocksparse.constraints import BlockPruning, PruningSettings, pruning_of
+from keras_blocksparse.constraints import BlockPruning, PruningSettings, checked_value, pruning_of
 from keras_blocksparse.prunable import Filters, PrunableLayer, PrunableWeight, find_prunable_layers
 from keras_blocksparse.regularizers import DrivenGroupLasso, GroupLassoRegularizer
 from keras_blocksparse.schedules import ThresholdRamp
-from keras_blocksparse.variables import to_numpy
+from keras_blocksparse.variables import to_numpy, updates_of
 
 
 def prune_low_magnitude_block(
     to_prune: Any,
-    pruning_schedule: Any,
+    pruning_schedule: Any = None,
     block_size: blocks.BlockSize = (16, 16),
     score: blocks.Score = "max",
     distribution: str | distributions.Distribution = "uniform",
@@ -65,8 +65,9 @@ def prune_low_magnitude_block(
             `ThresholdRamp`, which has a threshold for each layer type.
         group_lasso: lambda of the group lasso (GLP with a schedule, GL without), or a `GroupLassoRegularizer` whose
             `strength` and `off_at_end` are taken. By default lambda goes to 0 when the schedule ends.
-        filters: regex, list of regexes (`re.search` on the layer's path, such as "encoder/forward_gru") or callable on
-            the layer. What matches is pruned, as in Keras's `quantize()`.
+        filters: regex, list of regexes (`re.search` on the layer's path, such as "encoder/forward_gru", or on a weight
+            of it, such as "forward_gru/recurrent_kernel") or callable on the layer. What matches is pruned, as in
+            Keras's `quantize()`.
         keep_diagonal: keep every block that the diagonal of a recurrent kernel passes through (after LPCNet). They
             count as kept, so the sparsity does not change.
         revival: whether a pruned block can come back until the schedule ends; see `BlockPruning`.
@@ -78,7 +79,11 @@ def prune_low_magnitude_block(
         ValueError: an argument is out of range, nothing in `to_prune` can be pruned, `filters` match nothing, a block
             is larger than every weight, or a weight holds NaN.
         TypeError: an argument is of the wrong type.
+        RuntimeError: Keras runs on another backend than TensorFlow.
     """
+    if keras.config.backend() != "tensorflow":
+        # JAX would bake the masks into its compiled step, and they would never move: no silent dense training.
+        raise RuntimeError(f"keras_blocksparse needs Keras's TensorFlow backend. Received: {keras.config.backend()!r}")
     if pruning_schedule is None and group_lasso is None:
         raise ValueError(
             "Nothing to do: give a `pruning_schedule` (block pruning), a `group_lasso` strength, or both. "
@@ -95,12 +100,18 @@ def prune_low_magnitude_block(
     lasso = _lasso_template(group_lasso, settings.block_size)
     _check_overrides(settings)
     layers = _layers_to_prune(to_prune, filters)
-    constraints = [c for layer in layers for c in _attach(layer, settings, lasso)]
+    weights, refusals = _weights_to_prune(layers)
+    for _, pairs, _ in weights:
+        for _, variable in pairs:
+            checked_value(variable)  # before anything is changed
+    constraints = [c for layer, pairs, specs in weights for c in _attach(layer, pairs, specs, settings, lasso)]
     bound = [c for c in constraints if c.variable is not None]
     if bound and len(bound) == len(constraints) and all(c.skipped for c in bound):
-        reasons = "\n".join(f"  {c.variable.path}: {c.skipped}" for c in bound)
+        reasons = "\n".join(f"  {c.refusal}" for c in bound)
         strip_pruning(to_prune)
         raise ValueError(f"No weight can be pruned with block_size={settings.block_size}:\n{reasons}")
+    for refusal in [*refusals, *(c.refusal for c in bound if c.skipped)]:
+        warnings.warn(refusal, stacklevel=2)
     _forget_compiled_step(to_prune)
     return to_prune
 
@@ -261,7 +272,7 @@ class Pruner:
         """Updates done so far: the optimizer's, or the calls of `step()`."""
         if self.optimizer is None:
             return max(self._last_step, 0)
-        return int(to_numpy(self.optimizer.iterations))
+        return updates_of(self.optimizer)
 
     @property
     def settings(self) -> list[PruningSettings]:
@@ -273,10 +284,14 @@ class Pruner:
         """Lambda of the group lasso now, by path of the weight."""
         return {c.variable.path: regularizer.strength for regularizer, c in self._regularizers}
 
-    def resume(self) -> None:
-        """Reads masks and step off the weights and the optimizer, after they were loaded or set from outside."""
-        if self.optimizer is not None:
-            self._last_step = self.iterations - 1
+    def resume(self, step: int | None = None) -> None:
+        """Reads masks and step off the weights and the optimizer, after they were loaded or set from outside.
+
+        Args:
+            step: updates done so far for which the schedules have been followed; `iterations` if `None`.
+        """
+        if self.optimizer is not None or step is not None:
+            self._last_step = (self.iterations if step is None else step) - 1
         for target in self._targets:
             target.constraint.read_mask_from_weight()
         self._switch_lasso(self._last_step)
@@ -292,6 +307,10 @@ class Pruner:
         """
         if step is None:
             step = self.iterations if self.optimizer is not None else max(self._last_step, 0) + 1
+        if self.optimizer is None:
+            # Who writes to the weights himself calls no constraint either.
+            for target in self._targets:
+                target.constraint.enforce()
         self.advance(int(step))
 
     def advance(self, step: int) -> bool:
@@ -383,7 +402,7 @@ class Pruner:
             for part, share in (next(each) for _ in target.spec.gates):
                 kept.append(blocks.keep_blocks(part.scores, part.elements, float(share), target.always()))
                 reached = 1 - (kept[-1] * part.elements).sum() / part.size
-                if reached < share - part.elements.max() / part.size:
+                if reached < share - part.elements.max() / 2 / part.size - 1e-9:
                     why = (
                         "keep_diagonal keeps more than that" if target.always() is not None else "it has so few blocks"
                     )
@@ -420,14 +439,14 @@ class Pruner:
     def _raise_nothing_to_drive(self) -> None:
         layers = find_prunable_layers(self.model, everything=True)
         skipped = [
-            f"  {variable.path}: {c.skipped}"
+            f"  {c.refusal}"
             for layer in layers
             for _, variable in _built_weights(layer)
             if (c := pruning_of(variable)) is not None
         ]
         if skipped:
             raise ValueError("No weight can be pruned with the block_size that was asked for:\n" + "\n".join(skipped))
-        if waiting_constraints(self.model):
+        if any(constraint.variable is None for constraint in constraints_of(self.model)):
             raise ValueError("The model is not built yet. Call it on a batch, or give it an Input, before using Pruner")
         raise ValueError(
             f"Nothing in {self.model!r} is under pruning. Call kbs.prune_low_magnitude_block(model, ...) first"
@@ -464,17 +483,37 @@ def _layers_to_prune(to_prune: Any, filters: Filters) -> list[PrunableLayer]:
     )
 
 
-def _attach(layer: PrunableLayer, settings: PruningSettings, lasso: GroupLassoRegularizer | None) -> list[BlockPruning]:
-    try:
-        pairs = layer.built_weights()
-        specs = [spec for spec, _ in pairs] or list(layer.get_weight_specs())
-    except ValueError as error:
-        warnings.warn(f"{layer.path} is not pruned. {error}", stacklevel=3)
-        return []
+Weights = tuple[PrunableLayer, list[tuple[PrunableWeight, Any]], list[PrunableWeight]]
+
+
+def _weights_to_prune(layers: list[PrunableLayer]) -> tuple[list[Weights], list[str]]:
+    """The weights of each layer, built or to come, and why some layers have to be left alone."""
+    weights: list[Weights] = []
+    refusals = []
+    for layer in layers:
+        try:
+            pairs = [(spec, variable) for spec, variable in layer.built_weights() if layer.picks(spec)]
+            specs = [spec for spec, _ in pairs] or [spec for spec in layer.get_weight_specs() if layer.picks(spec)]
+            weights.append((layer, pairs, specs))
+        except ValueError as error:
+            refusals.append(f"{layer.path} is not pruned. {error}")
+    if not weights:
+        raise ValueError("Nothing to prune:\n" + "\n".join(f"  {refusal}" for refusal in refusals))
+    return weights, refusals
+
+
+def _attach(
+    layer: PrunableLayer, pairs: list[tuple[PrunableWeight, Any]], specs: list[PrunableWeight],
+    settings: PruningSettings, lasso: GroupLassoRegularizer | None,
+) -> list[BlockPruning]:  # fmt: skip
     if not pairs and (not specs or any(not hasattr(layer.owner, spec.attribute("constraint")) for spec in specs)):
         _attach_when_built(layer, settings, lasso)
     variables = {spec.name: variable for spec, variable in pairs}
-    return [_attach_weight(layer, spec, variables.get(spec.name), settings, lasso) for spec in specs]
+    return [
+        _attach_weight(layer, spec, variables.get(spec.name), settings, lasso)
+        for spec in specs
+        if _holders(layer, spec, "constraint")
+    ]
 
 
 def _attach_weight(
@@ -489,7 +528,7 @@ def _attach_weight(
     for holder, name in holders:
         setattr(holder, name, constraint)
     if variable is not None:
-        constraint.bind(variable)
+        constraint.bind(variable, warn=False)
 
     holders = _holders(layer, spec, "regularizer")
     user_regularizer = getattr(*holders[0], None) if holders else None
@@ -514,8 +553,12 @@ def _attach_when_built(layer: PrunableLayer, settings: PruningSettings, lasso: G
     def build_and_attach(*args: Any, **kwargs: Any) -> Any:
         result = build(*args, **kwargs)
         for spec, variable in layer.built_weights():
-            if pruning_of(variable) is None:
-                _attach_weight(layer, spec, variable, settings, lasso)
+            if layer.picks(spec) and pruning_of(variable) is None:
+                # This may be inside the first training step, when a callback that drives it cannot have found it yet.
+                constraint = _attach_weight(layer, spec, variable, settings, lasso)
+                constraint.driven = True
+                if constraint.skipped:
+                    warnings.warn(constraint.refusal, stacklevel=2)
         return result
 
     layer.layer.build = build_and_attach
@@ -544,14 +587,14 @@ def _built_weights(layer: PrunableLayer) -> list[tuple[PrunableWeight, Any]]:
         return []
 
 
-def waiting_constraints(model: Any) -> list[BlockPruning]:
-    """The constraints of weights that are under pruning but not built yet."""
+def constraints_of(model: Any) -> list[BlockPruning]:
+    """The constraints of all weights under pruning, built or not."""
     return [
         constraint
         for layer in find_prunable_layers(model, everything=True)
         for spec in _specs(layer)
         for holder, name in _holders(layer, spec, "constraint")
-        if isinstance(constraint := getattr(holder, name, None), BlockPruning) and constraint.variable is None
+        if isinstance(constraint := getattr(holder, name, None), BlockPruning)
     ]
 
 

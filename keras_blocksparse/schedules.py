@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 import numpy as np
@@ -66,9 +66,6 @@ class PruningSchedule:
         TypeError: a step is not an integer.
     """
 
-    #: What `target` returns: a "sparsity" to reach or a "threshold" for block scores.
-    unit: ClassVar[str] = "sparsity"
-
     begin_step: int = 0
     end_step: int = FOREVER
     frequency: int = 100
@@ -91,7 +88,7 @@ class PruningSchedule:
         return (step - self.begin_step) % self.frequency == 0 or step == self.end_step
 
     def target(self, step: int) -> Any:
-        """What to reach at `step`, in `unit`. `begin_step <= step <= end_step`."""
+        """The sparsity to reach at `step`, `begin_step <= step <= end_step`."""
         raise NotImplementedError(f"{type(self).__name__} must implement target(step)")
 
     def __call__(self, step: int) -> tuple[bool, Any]:
@@ -221,8 +218,6 @@ class ThresholdRamp(PruningSchedule):
         max_sparsity: cap for the sparsity of each gate, in [0, 1).
     """
 
-    unit: ClassVar[str] = "threshold"
-
     q: float | Mapping[str, float] = 0.1
     ramp_step: int = 0
     slope_ratio: float = 1.5
@@ -289,6 +284,8 @@ class ThresholdRamp(PruningSchedule):
         magnitudes: dict[str, list[np.ndarray]] = {}
         for layer in find_prunable_layers(model, filters):
             for spec, variable in layer.built_weights():
+                if not layer.picks(spec):
+                    continue
                 magnitudes.setdefault(spec.kind, []).append(np.abs(to_numpy(variable)).ravel())
         _require(bool(magnitudes), "The model has no built prunable layer to read `q` from; build and train it first")
         q = {kind: float(np.quantile(np.concatenate(parts), sparsity)) for kind, parts in magnitudes.items()}

@@ -33,3 +33,13 @@ def creation_scope(variable: Any) -> Any:
 def has_value(variable: Any) -> bool:
     """Whether a variable can be read: not so while the step that makes it is being compiled."""
     return bool(np.all(variable.value.is_initialized()))
+
+
+def is_variable(value: Any) -> bool:
+    """Whether `value` is a Keras variable; until Keras 3.8 the weights of layers were no `keras.Variable`."""
+    return isinstance(value, keras.Variable.__bases__)
+
+
+def updates_of(optimizer: Any) -> int:
+    """How often an optimizer has updated the weights; one that scales the loss counts them inside."""
+    return int(to_numpy(getattr(optimizer, "inner_optimizer", optimizer).iterations))

@@ -17,4 +17,4 @@ def seeded():
     """Each test begins with the same weights and data, alone or in the suite."""
     keras.utils.set_random_seed(0)
     yield
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # a collection of garbage after each test costs minutes in all

@@ -74,7 +74,7 @@ def test_the_readme_names_the_two_commands_and_its_code_runs(tmp_path):
     assert "make test" in readme.read_text()
     (block,) = python_blocks(readme)
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
-    run_script(tmp_path, data((10, 16)) + shrunk(block))
+    run_script(tmp_path, data((100, 64)) + shrunk(block))
     assert (tmp_path / "model.tflite").stat().st_size > 0
 
 
@@ -108,7 +108,7 @@ def run_script(folder: Path, code: str) -> str:
 def shrunk(block: str) -> str:
     """The README's code with a network and a schedule small enough for a test."""
     for pattern, small in [
-        (r"GRU\(\d+\)", "GRU(32)"),
+        (r"GRU\(\d+\)", "GRU(96)"),
         (r"begin_step=\d+", "begin_step=1"),
         (r"end_step=\d+", "end_step=4"),
     ]:

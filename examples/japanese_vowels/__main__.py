@@ -105,10 +105,9 @@ def main(argv: list[str] | None = None) -> None:
 
     with console.status("Exporting, and running the files on the stock interpreter"):
         files = results.export(runs, data_of(0)[1], args.output)
-        pictures = results.draw(runs, recipe, args.output)
-    outcome = results.Outcome(recipe, runs, files, scored_on=args.evaluate, seconds=time.perf_counter() - start)
+        pictures = results.draw(runs, args.output)
+    outcome = results.Outcome(recipe, runs, files, args.evaluate, scored, seconds=time.perf_counter() - start)
     console.print(outcome.table())
-    console.print(outcome.verdict())
     written = [*outcome.write(args.output), *pictures]
     console.print(f"Written in {outcome.seconds:.0f} s: " + ", ".join(map(str, written)), soft_wrap=True)
 

@@ -1,7 +1,6 @@
 """Silence for libraries that write to the terminal from C++, past every log level that Python can set."""
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ def quiet() -> Iterator[None]:
             os.dup2(sink.fileno(), 2)
         yield
     finally:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # importing absl sets it back
         sys.stderr.flush()
         os.dup2(stderr, 2)
         os.close(stderr)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import keras
-import matplotlib
-import numpy as np
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from matplotlib.figure import Figure
@@ -21,10 +19,6 @@ from examples.japanese_vowels.data import Utterances
 from examples.japanese_vowels.quiet import quiet
 from examples.japanese_vowels.training import KINDS, Recipe, Run
 
-matplotlib.use("Agg")  # pictures go to files; there may be no screen
-
-import matplotlib.pyplot as plt
-
 RUNTIME = "ai_edge_litert"  # the stock interpreter; TensorFlow's own copy of it is deprecated in favour of this
 
 
@@ -32,7 +26,7 @@ RUNTIME = "ai_edge_litert"  # the stock interpreter; TensorFlow's own copy of it
 class File:
     """One exported file of the first seed's networks; latency is of one utterance, on one thread.
 
-    `smaller` and `faster` compare with the same network's dense float32 file, timed in turns with this one.
+    `smaller` and `speed` compare with the same network's dense float32 file, timed in turns with this one.
     """
 
     kind: str
@@ -41,7 +35,7 @@ class File:
     bytes: int
     smaller: float
     latency_ms: float
-    faster: float
+    speed: float
     interpreter: str
 
 
@@ -53,55 +47,68 @@ class Outcome:
     runs: list[Run]
     files: list[File]
     scored_on: str
+    utterances: int
     seconds: float
 
     def accuracies(self, kind: str) -> list[float]:
         """The scores of all networks of one kind, in the order of their seeds."""
         return [run.accuracy for run in self.runs if run.kind == kind]
 
+    def model(self, kind: str) -> keras.Model:
+        """The first seed's network of one kind."""
+        return next(run.model for run in self.runs if run.kind == kind)
+
+    @property
+    def difference(self) -> float:
+        """Points of accuracy by which the sparse networks differ from the dense ones, in the mean."""
+        dense, sparse = (statistics.mean(self.accuracies(kind)) for kind in KINDS)
+        return 100 * (sparse - dense)
+
+    @property
+    def spread(self) -> float | None:
+        """The larger of both kinds' standard deviations over the seeds, in points; None for one seed."""
+        if len(self.accuracies("dense")) == 1:
+            return None
+        return 100 * max(statistics.stdev(self.accuracies(kind)) for kind in KINDS)
+
+    @property
     def verdict(self) -> str:
-        """Whether sparsity cost accuracy, by the larger of the two kinds' spreads."""
-        dense, sparse = (self.accuracies(kind) for kind in KINDS)
-        if len(dense) < 2:
-            return "One seed has no spread, so it does not tell whether sparsity costs accuracy."
-        lost = 100 * (statistics.mean(dense) - statistics.mean(sparse))
-        noise = 100 * max(statistics.stdev(dense), statistics.stdev(sparse))
-        numbers = (
-            f"{abs(lost):.2f} points {'below' if lost > 0 else 'above'} dense; the spread over seeds is {noise:.2f}"
-        )
-        if lost > noise:
-            return f"WORSE: the sparse network is {numbers}."
-        return f"Not worse: the sparse network is {numbers}."
+        """Whether sparsity cost accuracy: more than the spread over seeds, or not."""
+        if self.spread is None:
+            return f"{self.difference:+.2f}, by ONE SEED"
+        word = "WORSE" if self.difference < -self.spread else "not worse"
+        return f"{word}: {self.difference:+.2f}, spread {self.spread:.2f}"
 
     def title(self) -> str:
         """What the table is of."""
         rows, columns = self.recipe.block_size
         return (
-            f"JapaneseVowels, GRU({self.recipe.units}), {rows}x{columns} blocks by GLP,"
-            f" {len(self.accuracies('dense'))} seeds of {self.recipe.epochs} epochs, scored on the {self.scored_on} set"
+            f"JapaneseVowels, GRU({self.recipe.units}), {rows}x{columns} blocks by"
+            f" {'GLP' if self.recipe.group_lasso else 'BP'}, {len(self.accuracies('dense'))} seeds of"
+            f" {self.recipe.epochs} epochs, scored on the {self.scored_on} set"
         )
+
+    def column(self, file: File) -> dict[str, str]:
+        """What the table says of one file and the networks it comes from."""
+        scores = [100 * score for score in self.accuracies(file.kind)]
+        deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+        sparse = file.kind == "sparse"
+        return {
+            "": f"{f'{self.recipe.sparsity:.0%} sparse' if sparse else 'dense'}, {file.quantize or 'float32'}",
+            "accuracy, %": f"{statistics.mean(scores):.2f}{deviation}",
+            "against dense": self.verdict if sparse else "",
+            "the file's accuracy, %": f"{100 * file.accuracy:.2f}",
+            "parameters kept": f"{kbs.sparsity_report(self.model(file.kind)).model.kept_parameters:,}",
+            "file, bytes": f"{file.bytes:,}",
+            "smaller than dense float32": f"{file.smaller:.1f}x",
+            "latency, ms": f"{file.latency_ms:.3f}",
+            "speed over dense float32": f"{file.speed:.1f}x",
+        }
 
     def cells(self) -> list[list[str]]:
         """The table: a heading, then a line for each thing that was found, with a column for each file."""
-        sparse = f"{self.recipe.sparsity:.0%} sparse"
-        columns = [["", "accuracy, %", "accuracy of the file, %", "parameters kept", "file, bytes", "latency, ms"]]
-        columns[0] += ["smaller than dense float32", "faster than dense float32"]
-        for file in self.files:
-            scores = [100 * score for score in self.accuracies(file.kind)]
-            spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-            columns.append(
-                [
-                    f"{'dense' if file.kind == 'dense' else sparse}, {file.quantize or 'float32'}",
-                    f"{statistics.mean(scores):.2f}{spread}",
-                    f"{100 * file.accuracy:.2f}",
-                    f"{kept(next(run.model for run in self.runs if run.kind == file.kind)):,}",
-                    f"{file.bytes:,}",
-                    f"{file.latency_ms:.3f}",
-                    f"{file.smaller:.1f}x",
-                    f"{file.faster:.1f}x",
-                ]
-            )
-        return [list(line) for line in zip(*columns, strict=True)]
+        columns = [self.column(file) for file in self.files]
+        return [[label, *(column[label] for column in columns)] for label in columns[0]]
 
     def table(self) -> Table:
         """The table for a terminal."""
@@ -123,9 +130,8 @@ class Outcome:
                 "",
                 *("| " + " | ".join(row) + " |" for row in rows),
                 "",
-                self.verdict(),
-                "",
-                "Accuracy is the mean and standard deviation over the seeds; the files are those of the first seed."
+                "Accuracy is the mean and standard deviation over the seeds, spread the larger of both. The files are"
+                f" the first seed's. One of the {self.utterances} utterances is {100 / self.utterances:.2f} points."
                 f" Latency is of one utterance, {self.files[0].interpreter}; each file is timed in turns with its dense"
                 " float32 twin.",
                 "",
@@ -141,7 +147,9 @@ class Outcome:
             "zeros_in_recurrent_kernel": {
                 kind: [run.zeros[-1] for run in self.runs if run.kind == kind] for kind in KINDS
             },
-            "verdict": self.verdict(),
+            "difference_in_points": self.difference,
+            "spread_in_points": self.spread,
+            "verdict": self.verdict,
             "files": [dataclasses.asdict(file) for file in self.files],
             "versions": {
                 "tensorflow": tf.__version__,
@@ -154,11 +162,6 @@ class Outcome:
             replace(folder / "results.md", self.markdown().encode()),
             replace(folder / "results.json", (json.dumps(facts, indent=2) + "\n").encode()),
         ]
-
-
-def kept(model: keras.Model) -> int:
-    """How many of the model's weights are not zero."""
-    return sum(int(np.count_nonzero(np.asarray(weight))) for weight in model.trainable_weights)
 
 
 def export(runs: list[Run], scored: Utterances, folder: Path) -> list[File]:
@@ -199,33 +202,28 @@ def score(path: Path, scored: Utterances) -> float:
     return right / len(scored)
 
 
-def draw(runs: list[Run], recipe: Recipe, folder: Path) -> list[Path]:
-    """Write masks.png, the blocks that are left, and training.png, how they went."""
+def draw(runs: list[Run], folder: Path) -> list[Path]:
+    """Write masks.png, the blocks that are left; sparsity.html, the same with numbers; and training.png."""
     sparse = next(run for run in runs if run.kind == "sparse")
-    masks = kbs.plot_masks(sparse.model)
+    masks, page = folder / "masks.png", folder / "sparsity.html"
+    kbs.plot_masks(sparse.model, path=masks)
+    kbs.sparsity_report(sparse.model).to_html(page)
 
-    course, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for run in runs:
-        colour, first = ("tab:blue", "tab:orange")[KINDS.index(run.kind)], run.seed == runs[0].seed
+        look = {"color": "tab:orange" if run.kind == "sparse" else "tab:blue", "alpha": 0.7}
+        if run.seed == runs[0].seed:
+            look["label"] = run.kind
         epochs = range(1, len(run.losses) + 1)
-        left.semilogy(epochs, run.losses, color=colour, alpha=0.7, label=run.kind if first else None)
-        right.plot(
-            epochs, [100 * share for share in run.zeros], color=colour, alpha=0.7, label=run.kind if first else None
-        )
-    left.set(xlabel="epoch", ylabel="training loss, with the group lasso")
+        left.semilogy(epochs, run.losses, **look)
+        right.plot(epochs, [100 * share for share in run.zeros], **look)
+    left.set(xlabel="epoch", ylabel="training loss, with the group lasso's")
     right.set(xlabel="epoch", ylabel="zeros in the recurrent kernel, %", ylim=(-3, 103))
-    left.legend()
     right.legend()
-    course.suptitle(f"Every network of the run, {recipe.block_size[0]}x{recipe.block_size[1]} blocks")
-    return [save(masks, folder / "masks.png"), save(course, folder / "training.png")]
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
-    plt.close(figure)
-    return replace(path, png.getvalue())
+    return [masks, page, replace(folder / "training.png", png.getvalue())]
 
 
 def replace(path: Path, content: bytes) -> Path:

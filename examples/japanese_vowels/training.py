@@ -119,5 +119,6 @@ def train(
     model.fit(train_set.x, train_set.y, batch_size=BATCH, epochs=recipe.epochs, verbose=0, callbacks=callbacks)
     if kind == "sparse":
         model = kbs.strip_pruning(model)
-    accuracy = float(np.mean(model.predict(scored.x, verbose=0).argmax(axis=1) == scored.y))
+    guesses = np.asarray(model(scored.x)).argmax(axis=1)
+    accuracy = float(np.mean(guesses == scored.y))
     return Run(kind, seed, model, accuracy, course.losses, course.zeros)

@@ -1,7 +1,7 @@
 """Export to TFLite / LiteRT: `export_tflite` and what it returns and raises.
 
-Follow a weight: `convert.py` has TensorFlow write the model as a dense file, `sparsify.py` decides how each weight is stored, `encode.py`
-cuts it into blocks, `flatbuffer.py` writes them, `validation.py` runs the result before it is kept.
+Follow a weight: `convert.py` has TensorFlow write the model as a dense file, `sparsify.py` decides how each weight is
+stored, `encode.py` cuts it into blocks, `flatbuffer.py` writes them, `validation.py` runs the result before it is kept.
 """
 
 from keras_blocksparse.lite.errors import ExportError

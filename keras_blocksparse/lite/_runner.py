@@ -1,23 +1,26 @@
 """Runs TFLite files on one interpreter, in a process of its own: `python _runner.py job.npz out.npz`.
 
-A wrong file may end in a segmentation fault, so this never runs inside the exporting process. It imports numpy and the one runtime it was
-asked for, and nothing of this package. job.npz holds
+A wrong file may end in a segmentation fault, so this never runs inside the exporting process. It imports numpy and the
+one runtime it was asked for, and nothing of this package. job.npz holds
 
-    job                      JSON: runtime, files (name -> path), carry (output name -> input name), calls, latency_files, repeats
+    job                      JSON: runtime, files (name -> path), cases (number of calls of each), carry (output name ->
+                             input name), checked and timed (names of files), repeats, seconds
     case{c}/step{s}/{name}   inputs of call s of case c; names in `carry` come from the call before
 
 and out.npz gets
 
-    result                           JSON: version, latency_ms (file -> list), error
+    result                           JSON: version, latency_ms (file -> list)
     {file}/case{c}/step{s}/{name}    outputs
 """
 
 import json
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 
-def load(runtime):
+def load(runtime: str) -> tuple[Any, str]:
     """Returns the Interpreter class of a runtime and its version."""
     if runtime == "tf.lite":
         import tensorflow as tf
@@ -30,18 +33,19 @@ def load(runtime):
 
         return Interpreter, version("ai-edge-litert")
     if runtime == "tflite_runtime":
-        import tflite_runtime
-        from tflite_runtime.interpreter import Interpreter
+        from importlib import import_module
 
-        return Interpreter, tflite_runtime.__version__
+        return import_module("tflite_runtime.interpreter").Interpreter, import_module("tflite_runtime").__version__
     raise ValueError(f"Unknown runtime: {runtime}")
 
 
-def run_cases(interpreter, arrays, carry, cases):
+def run_cases(
+    interpreter: Any, arrays: dict[str, Any], carry: dict[str, str], cases: list[int]
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Calls the signature for each case and step; yields `(case, step, outputs)`."""
     signature = interpreter.get_signature_runner()
     for case, steps in enumerate(cases):
-        carried = {}
+        carried: dict[str, Any] = {}
         for step in range(steps):
             prefix = f"case{case}/step{step}/"
             inputs = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
@@ -50,7 +54,7 @@ def run_cases(interpreter, arrays, carry, cases):
             yield case, step, outputs
 
 
-def feed(interpreter, arrays):
+def feed(interpreter: Any, arrays: dict[str, Any]) -> None:
     """Sets the inputs of the first call of the first case."""
     signature = interpreter.get_signature_runner()
     details = signature.get_input_details()
@@ -58,9 +62,11 @@ def feed(interpreter, arrays):
         interpreter.set_tensor(detail["index"], arrays[f"case0/step0/{name}"])
 
 
-def latencies(interpreters, arrays, repeats, seconds):
-    """Milliseconds of each call of each interpreter; the interpreters take turns, so that all of them see the same machine."""
-    times = {name: [] for name in interpreters}
+def latencies(
+    interpreters: dict[str, Any], arrays: dict[str, Any], repeats: int, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds of each call of each interpreter; they take turns, so that all of them see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in interpreters}
     deadline = time.perf_counter() + seconds
     for repeat in range(repeats + 2):
         for name, interpreter in interpreters.items():
@@ -74,7 +80,7 @@ def latencies(interpreters, arrays, repeats, seconds):
     return times
 
 
-def main(job_path, out_path):
+def main(job_path: str, out_path: str) -> None:
     import numpy as np
 
     with np.load(job_path) as file:

@@ -1,7 +1,8 @@
 """From a Keras model to a dense TFLite file: shapes, tracing, TensorFlow's converter.
 
-The converter is given a concrete function with static shapes. That is what keeps recurrent layers as one WHILE of builtin operators:
-a dynamic batch ends in TensorList operators no wheel can run, and handing over a Keras 3 model beside the function breaks its variables.
+The converter is given a concrete function with static shapes. That is what keeps recurrent layers as one WHILE of
+builtin operators: a dynamic batch ends in TensorList operators no wheel can run, and handing over a Keras 3 model
+beside the function breaks its variables.
 """
 
 import contextlib
@@ -60,7 +61,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: not a Keras model.
-        ValueError: not built, another Keras backend, weights that are NaN or infinite, or of a dtype other than float32.
+        ValueError: not built, another Keras backend, weights that are NaN or infinite, or of a dtype other than
+            float32.
     """
     import keras
 
@@ -73,13 +75,15 @@ def check_model(model: Any) -> None:
         )
     if not model.built:
         raise ValueError(
-            f"export_tflite needs a model that is built: call it on data or build(input_shape) first. Received: {model!r}"
+            "export_tflite needs a model that is built: call it on data or build(input_shape) first. "
+            f"Received: {model!r}"
         )
     for layer in model._flatten_layers():
         policy = getattr(getattr(layer, "dtype_policy", None), "name", "float32")
         if policy.startswith(("int", "float8")):
             raise ValueError(
-                f"Layer {layer.name!r} is quantized by Keras (dtype policy {policy!r}); export the float model with quantize='int8'."
+                f"Layer {layer.name!r} is quantized by Keras (dtype policy {policy!r}); "
+                "export the float model with quantize='int8'."
             )
     for weight in model.weights:
         if weight.dtype in ("float16", "bfloat16", "float64"):
@@ -100,14 +104,14 @@ def input_specs(model: Any, batch_size: int, timesteps: int | None, streaming: b
 
     Args:
         model: a built Keras model.
-        batch_size: takes the place of a batch axis of None.
+        batch_size: takes the place of the batch axis.
         timesteps: takes the place of a time axis (axis 1) of None. None means that the model fixes it.
         streaming: the time axis becomes `timesteps` frames, whatever the model says.
 
     Raises:
         ValueError: a shape that stays open, or that contradicts the arguments.
     """
-    if model.inputs:
+    if getattr(model, "inputs", None):
         shapes = [(t._keras_history.operation.name, tuple(t.shape), t.dtype) for t in model.inputs]
     else:
         config = model.get_build_config() or {}
@@ -125,8 +129,12 @@ def input_specs(model: Any, batch_size: int, timesteps: int | None, streaming: b
         if not shape:
             raise ValueError(f"Input {name!r} has no batch axis. Received: shape={shape}")
         has_time = len(shape) > 2 or (len(shape) == 2 and (shape[1] is None or "int" in dtype))
-        if shape[0] not in (None, batch_size):
-            raise ValueError(f"Input {name!r} has shape {shape}: its batch is fixed. Received: batch_size={batch_size}")
+        # Keras writes the batch of the first data into a Sequential model without an Input: only states depend on it.
+        if shape[0] not in (None, batch_size) and any(getattr(layer, "stateful", False) for layer in layers_of(model)):
+            raise ValueError(
+                f"Input {name!r} has shape {shape}: its batch is fixed, for the model is stateful. "
+                f"Received: batch_size={batch_size}"
+            )
         static = [batch_size, *shape[1:]]
         if has_time and timesteps is not None:
             if not streaming and shape[1] not in (None, timesteps):
@@ -154,8 +162,10 @@ def layers_of(model: Any) -> list[Any]:
     return list(model._flatten_layers())
 
 
-def call_model(model: Any, tensors: list[Any]) -> tuple[list[Any], list[str]]:
+def call_model(model: Any, tensors: list[Any], streaming: bool = False) -> tuple[list[Any], list[str]]:
     """Calls the model for inference on a flat list of inputs; returns the flat outputs and their names.
+
+    When streaming, the number of timesteps may be another than the model's inputs have.
 
     One output is called `y`; several have the keys of the model's output dict, else the names Keras gives them.
     """
@@ -166,7 +176,9 @@ def call_model(model: Any, tensors: list[Any]) -> tuple[list[Any], list[str]]:
         args = tf.nest.pack_sequence_as(struct, tensors)
     else:
         args = tensors[0] if len(tensors) == 1 else tensors
-    result = model(args, training=False)
+    # A functional model insists on the shapes of its inputs, in __call__ and not in call.
+    run = model.call if streaming and struct is not None else model
+    result = run(args, training=False)
     outputs = tf.nest.flatten(result)
     if len(outputs) == 1:
         names = ["y"]
@@ -183,39 +195,49 @@ def call_model(model: Any, tensors: list[Any]) -> tuple[list[Any], list[str]]:
 
 
 @contextlib.contextmanager
-def float32_compute(model: Any) -> Iterator[None]:
-    """Lets every layer compute in float32 while the context lasts.
+def plain_inference(model: Any) -> Iterator[None]:
+    """Lets every layer compute in float32 and without dropout while the context lasts.
 
-    Under a mixed policy the variables are float32 already; only the arithmetic would be 16 bit, which TFLite has no kernels for.
+    Under a mixed policy the variables are float32 already; only the arithmetic would be 16 bit, which TFLite has no
+    kernels for. And recurrent cells draw their dropout masks at inference too, if only to leave them unused: an
+    operation that changes a variable.
     """
     import keras
 
-    changed = []
+    changed: list[tuple[Any, str, Any]] = []
+
+    def change(layer: Any, name: str, value: Any) -> None:
+        changed.append((layer, name, getattr(layer, name)))
+        setattr(layer, name, value)
+
     try:
         for layer in layers_of(model):
             if getattr(layer, "compute_dtype", "float32") in ("float16", "bfloat16"):
-                changed.append((layer, layer.dtype_policy))
-                layer.dtype_policy = keras.DTypePolicy("float32")
+                change(layer, "dtype_policy", keras.DTypePolicy("float32"))
+            for rate in ("dropout", "recurrent_dropout"):
+                if isinstance(vars(layer).get(rate), float) and vars(layer)[rate] > 0:
+                    change(layer, rate, 0.0)
         yield
     finally:
-        for layer, policy in changed:
-            layer.dtype_policy = policy
+        for layer, name, value in changed:
+            setattr(layer, name, value)
 
 
 @dataclass
 class StateIO:
     """States of the recurrent layers while a model is called for streaming.
 
-    `feed(layer)` gives the initial states of a layer's call, `store(layer, states)` takes the final ones; both in the order of calls.
+    `feed(layer, initial_state, mask)` gives the initial states of a layer's call, in place of those the model passes;
+    `store(layer, states)` takes the final ones.
     """
 
-    feed: Callable[[Any], list[Any]]
+    feed: Callable[[Any, Any, Any], list[Any]]
     store: Callable[[Any, list[Any]], None]
 
 
 @contextlib.contextmanager
 def external_states(model: Any, io: StateIO) -> Iterator[None]:
-    """Makes every recurrent layer begin at the states `io` feeds and hand it the final ones, while the context lasts."""
+    """While the context lasts, recurrent layers begin at the states `io` feeds and hand it the final ones."""
     layers = streaming_layers(model)
     stateful = [layer.stateful for layer in layers]
 
@@ -223,12 +245,7 @@ def external_states(model: Any, io: StateIO) -> Iterator[None]:
         call, inner_loop = layer.call, layer.inner_loop
 
         def fed_call(sequences: Any, initial_state: Any = None, mask: Any = None, training: bool = False) -> Any:
-            if initial_state is not None:
-                raise ValueError(
-                    f"streaming=True cannot export layer {layer.name!r}: the model computes its initial_state, "
-                    "which a stream would have to do once and not at every call."
-                )
-            return call(sequences, initial_state=io.feed(layer), mask=mask, training=training)
+            return call(sequences, initial_state=io.feed(layer, initial_state, mask), mask=mask, training=training)
 
         def stored_inner_loop(sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
             last_output, outputs, states = inner_loop(sequences, initial_state, mask, training)
@@ -254,7 +271,8 @@ def streaming_layers(model: Any) -> list[Any]:
     """The recurrent layers of a model that can stream.
 
     Raises:
-        ValueError: the model has none, or has one that needs the future (Bidirectional, go_backwards) or runs inside TimeDistributed.
+        ValueError: the model has none, or has one that needs the future (Bidirectional, go_backwards) or runs inside
+        TimeDistributed.
     """
     import keras
 
@@ -262,7 +280,8 @@ def streaming_layers(model: Any) -> list[Any]:
     for layer in layers_of(model):
         if isinstance(layer, keras.layers.Bidirectional):
             raise ValueError(
-                f"streaming=True cannot export layer {layer.name!r}: a Bidirectional layer needs the end of the sequence first."
+                f"streaming=True cannot export layer {layer.name!r}: "
+                "a Bidirectional layer needs the end of the sequence first."
             )
         if isinstance(layer, keras.layers.TimeDistributed) and isinstance(layer.layer, keras.layers.RNN):
             raise ValueError(
@@ -296,8 +315,9 @@ def trace(model: Any, specs: list[InputSpec], streaming: bool) -> Traced:
     for layer in layers_of(model):
         if getattr(layer, "stateful", False):
             raise ValueError(
-                f"Layer {layer.name!r} is stateful: a TFLite file would keep the state where reset_all_variables() cannot reach it. "
-                "Use streaming=True, which makes the states inputs and outputs, or export a copy with stateful=False."
+                f"Layer {layer.name!r} is stateful: a TFLite file would keep the state where reset_all_variables() "
+                "cannot reach it. Use streaming=True, which makes the states inputs and outputs, "
+                "or export a copy with stateful=False."
             )
     import tensorflow as tf
 
@@ -307,8 +327,9 @@ def trace(model: Any, specs: list[InputSpec], streaming: bool) -> Traced:
         outputs, traced.output_names = call_model(model, list(tensors))
         return _named(outputs)
 
-    with float32_compute(model):
+    with plain_inference(model):
         traced.function = tf.function(function, autograph=False).get_concrete_function(*_tensor_specs(specs))
+    _refuse_assignments(traced.function)
     return traced
 
 
@@ -331,28 +352,59 @@ def _trace_streaming(model: Any, specs: list[InputSpec]) -> Traced:
         for layer in layers:
             incoming[id(layer)], fed = fed[: len(shapes[id(layer)])], fed[len(shapes[id(layer)]) :]
 
-        def feed(layer: Any) -> list[Any]:
-            if id(layer) not in incoming:
-                raise ValueError(
-                    f"streaming=True cannot export layer {layer.name!r}: the model calls it more than once."
+        def feed(layer: Any, initial_state: Any, mask: Any) -> list[Any]:
+            if initial_state is not None:
+                refuse(
+                    layer, "the model computes its initial_state, which a stream would do once and not at every call"
                 )
-            return tf.nest.pack_sequence_as(list(_as_list(layer.state_size)), incoming.pop(id(layer)))
+            if mask is not None and not layer.zero_output_for_mask:
+                refuse(
+                    layer,
+                    "for a masked frame it repeats its output of the frame before, which may lie in the call before; "
+                    "build it with zero_output_for_mask=True",
+                )
+            if id(layer) not in incoming:
+                refuse(layer, "the model calls it more than once")
+            return tf.nest.pack_sequence_as(_as_list(layer.state_size), incoming.pop(id(layer)))
 
         def store(layer: Any, states: list[Any]) -> None:
             outgoing[id(layer)] = tf.nest.flatten(states)
 
         with external_states(model, StateIO(feed, store)):
-            outputs, traced.output_names = call_model(model, list(tensors[: len(specs)]))
+            outputs, traced.output_names = call_model(model, list(tensors[: len(specs)]), streaming=True)
         for layer in layers:
             if id(layer) not in outgoing:
-                raise ValueError(f"streaming=True cannot export layer {layer.name!r}: the model does not call it.")
+                refuse(layer, "the model does not call it")
         return _named([*outputs, *(s for layer in layers for s in outgoing[id(layer)])])
 
-    with float32_compute(model):
-        traced.function = tf.function(function, autograph=False).get_concrete_function(
-            *_tensor_specs([*specs, *traced.states])
-        )
+    refusals: list[str] = []
+
+    def refuse(layer: Any, why: str) -> None:
+        refusals.append(f"streaming=True cannot export layer {layer.name!r}: {why}.")
+        raise ValueError(refusals[-1])
+
+    try:
+        with plain_inference(model):
+            traced.function = tf.function(function, autograph=False).get_concrete_function(
+                *_tensor_specs([*specs, *traced.states])
+            )
+    except Exception as error:
+        # Keras wraps what is raised inside a layer's call in the arguments of every layer around it.
+        if refusals:
+            raise ValueError(refusals[0]) from None
+        shapes_seen = [s.shape for s in specs]
+        raise ValueError(f"streaming=True calls the model on {shapes_seen}, which it does not take: {error}") from error
+    _refuse_assignments(traced.function)
     return traced
+
+
+def _refuse_assignments(function: Any) -> None:
+    names = [op.name for op in function.graph.get_operations() if op.type.startswith("Assign")]
+    if names:
+        raise ExportError(
+            f"The model changes variables when it is called for inference ({names[0]}), "
+            "which the exported file would not do."
+        )
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -414,7 +466,8 @@ def to_tflite(traced: Traced, quantize: str | None) -> bytes:
     """
     import tensorflow as tf
 
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([traced.function])
+    with _quiet():
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([traced.function])
     # Writes a step's output in place. Without it each step of a loop copies the whole output sequence twice.
     converter._experimental_enable_dynamic_update_slice = True
     if quantize is not None:
@@ -422,8 +475,8 @@ def to_tflite(traced: Traced, quantize: str | None) -> bytes:
     if quantize == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if quantize == "int8":
-        # A scale per output channel raises the version of FULLY_CONNECTED beyond what older runtimes load; those that load it as
-        # an older version take no notice of the scales and compute wrong numbers.
+        # A scale per output channel raises the version of FULLY_CONNECTED beyond what older runtimes load; those that
+        # load it as an older version take no notice of the scales and compute wrong numbers.
         converter._experimental_disable_per_channel_quantization_for_dense_layers = True
     try:
         with _quiet():

@@ -1,8 +1,9 @@
 """Sparse encodings of one constant tensor, in numpy.
 
-TFLite stores a sparse tensor as a tree over its dimensions, of which we use one form: the tensor is cut into blocks, the outer block
-dimension is dense (a row of blocks after the other), the next one is compressed (CSR: `segments` and `indices`), and the inside of a
-block is dense. For a fully connected weight, which TFLite keeps as (outputs, inputs), that is
+TFLite stores a sparse tensor as a tree over its dimensions, of which we use one form: the tensor is cut into blocks,
+the outer block dimension is dense (a row of blocks after the other), the next one is compressed (CSR: `segments` and
+`indices`), and the inside of a block is dense. For a fully connected weight, which TFLite keeps as (outputs, inputs),
+that is
 
     segments[i] .. segments[i + 1]    the kept blocks of block row i
     indices[k]                        the block column of kept block k
@@ -58,6 +59,9 @@ class BlockCSR:
 def encode_blocks(matrix: np.ndarray, block: tuple[int, int]) -> BlockCSR:
     """Keeps the blocks of `matrix` that hold at least one element other than zero.
 
+    A matrix of zeros keeps its first block: TFLite takes a tensor without a byte of data for one that is yet to be
+    computed.
+
     Args:
         matrix: 2-D array.
         block: `(rows, cols)` of a block. Both must divide the shape of the matrix: the kernels read whole blocks.
@@ -76,6 +80,8 @@ def encode_blocks(matrix: np.ndarray, block: tuple[int, int]) -> BlockCSR:
         raise ValueError(f"Blocks must divide the matrix. Received: shape={matrix.shape}, block={block}")
     tiles = matrix.reshape(rows // height, height, cols // width, width).swapaxes(1, 2)
     keep = (tiles != 0).any(axis=(2, 3))
+    if keep.size and not keep.any():
+        keep[0, 0] = True
     segments = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int64)
     return BlockCSR(
         shape=(rows, cols),
@@ -89,8 +95,8 @@ def encode_blocks(matrix: np.ndarray, block: tuple[int, int]) -> BlockCSR:
 def smallest_index(index: np.ndarray) -> np.ndarray:
     """Casts an index vector to the narrowest of uint8, uint16 and int32 that holds it.
 
-    The three are the types the file format has; the interpreter widens each to int32 when it loads the file, so the kernels never see
-    the difference.
+    The three are the types the file format has; the interpreter widens each to int32 when it loads the file, so the
+    kernels never see the difference.
 
     Raises:
         ValueError: if a value is negative or beyond int32.
@@ -102,19 +108,3 @@ def smallest_index(index: np.ndarray) -> np.ndarray:
         if high <= np.iinfo(dtype).max:
             return index.astype(dtype)
     return index.astype(np.int32)
-
-
-def quantize_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantizes a float weight `(outputs, inputs)` to int8, symmetric, with one scale per row.
-
-    Zeros stay zeros, so the block pattern survives. A row of zeros gets scale 1, because TFLite refuses a scale of 0.
-
-    Returns:
-        `(int8 matrix, float32 scales of shape (outputs,))` with `matrix ~ q * scales[:, None]`.
-    """
-    peak = np.abs(matrix).max(axis=1)
-    scales = np.where(peak > 0, peak / 127.0, 1.0).astype(np.float32)
-    # A peak among the denormals underflows to scale 0, where the row rounds to zeros anyway.
-    scales[scales == 0] = 1.0
-    quantized = np.clip(np.rint(matrix / scales[:, None]), -127, 127).astype(np.int8)
-    return quantized, scales

@@ -2,4 +2,4 @@
 
 
 class ExportError(RuntimeError):
-    """A model could not be exported: the converter refused it, or the finished file does not compute what the model computes."""
+    """A model could not be exported: the converter refused it, or the file does not compute what the model does."""

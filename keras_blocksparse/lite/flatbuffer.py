@@ -1,7 +1,7 @@
 """The post-pass over a TFLite file: reading, sparse weights, opcode versions, signature, writing.
 
-The converter gives a dense file; `Flatbuffer` holds it as the object tree that TensorFlow's generated schema module offers, and each
-method makes one change to it. What the stock kernels can read is decided in `sparsify.py`, not here.
+The converter gives a dense file; `Flatbuffer` holds it as the object tree that TensorFlow's generated schema module
+offers, and each method makes one change to it. What the stock kernels can read is decided in `sparsify.py`, not here.
 """
 
 from collections.abc import Iterator
@@ -97,22 +97,26 @@ class Flatbuffer:
         self.tree.operatorCodes.append(code)
         return len(self.tree.operatorCodes) - 1
 
-    def sparsity(self, csr: BlockCSR) -> Any:
-        """The `SparsityParametersT` that describes the block pattern of a matrix.
+    def sparsity(self, csr: BlockCSR, shape: tuple[int, ...]) -> Any:
+        """The `SparsityParametersT` that describes the block pattern of a tensor.
 
-        A block of one row is written with three dimensions (rows, block columns, inside), as the fully connected kernels want it; any
-        other block with four, which only DENSIFY reads.
+        Args:
+            csr: the encoded matrix.
+            shape: shape of the tensor. The matrix is the tensor with all but its last axis made one; with more than two
+                axes, blocks must have one row.
+
+        A block of one row adds one dimension inside (the fully connected kernels want it so), any other block two,
+        which only DENSIFY reads.
         """
-        schema = self.schema
         height, width = csr.block
-        dims = [self._dense(csr.shape[0] // height), self._compressed(csr)]
-        sparsity = schema.SparsityParametersT()
-        if height == 1:
-            dims += [self._dense(width)]
-            sparsity.traversalOrder, sparsity.blockMap = [0, 1, 2], [1]
-        else:
-            dims += [self._dense(height), self._dense(width)]
-            sparsity.traversalOrder, sparsity.blockMap = [0, 1, 2, 3], [0, 1]
+        *leading, last = range(len(shape))
+        dims = [self._dense(shape[axis]) for axis in leading]
+        dims[-1] = self._dense(shape[leading[-1]] // height)
+        dims.append(self._compressed(csr))
+        dims += [self._dense(width)] if height == 1 else [self._dense(height), self._dense(width)]
+        sparsity = self.schema.SparsityParametersT()
+        sparsity.traversalOrder = list(range(len(dims)))
+        sparsity.blockMap = [last] if height == 1 else [leading[-1], last]
         sparsity.dimMetadata = dims
         return sparsity
 
@@ -184,10 +188,12 @@ class Flatbuffer:
 
 
 def _aligned(schema: Any) -> type:
-    """`BufferT` whose data starts at a multiple of 16 in the file, as the schema asks; the generated Pack forgets it."""
+    """`BufferT` whose data starts at a multiple of 16 in the file. The schema asks it, the generated Pack forgets."""
 
     class AlignedBuffer(schema.BufferT):
-        def Pack(self, builder: Any) -> int:  # noqa: N802 - flatbuffers' name
+        def Pack(self, builder: Any) -> int:
+            if self.data is None:
+                return super().Pack(builder)
             data = np.asarray(self.data, np.uint8).tobytes()
             builder.StartVector(1, len(data), _BUFFER_ALIGNMENT)
             builder.head = builder.Head() - len(data)

@@ -10,10 +10,12 @@ class WeightRecord:
     """How one weight is stored in the file.
 
     Attributes:
-        name: path of the Keras weight, with the columns if only some are meant; else the name of the tensor in the file.
+        name: path of the Keras weight, with the columns if only some are meant; else the name of the tensor in the
+            file.
         shape: shape in the file; for a matrix `(outputs, inputs)`, the transpose of Keras'.
         dtype: dtype of the stored elements.
-        encoding: `"sparse 1x4"`, `"sparse 1x16"` (a kernel that skips zero blocks), `"densify ..."` (unpacked when loaded) or `"dense"`.
+        encoding: `"sparse 1x4"`, `"sparse 1x16"` (a kernel that skips zero blocks), `"densify ..."` (unpacked when
+            loaded) or `"dense"`.
         sparsity: share of zero elements.
         bytes: bytes of the elements and the block index in the file.
         bytes_dense: bytes of the weight as dense float32.
@@ -46,7 +48,7 @@ class ExportReport:
         weights: one record per weight.
         inputs: signature inputs, name to `(shape, dtype)`; states included.
         outputs: signature outputs, name to `(shape, dtype)`; states included.
-        states: incoming state to outgoing state, by name: what comes out of one call goes into the next.
+        states: name of each state that comes out to the name under which it goes into the next call.
         max_error: largest absolute difference from the Keras model's outputs.
         tolerance: what `max_error` was checked against.
         latency_ms: median milliseconds of one call, one thread.
@@ -103,8 +105,8 @@ class ExportReport:
             lines.append(f"  on {self.cpu}")
         for title, tensors in (("in", self.inputs), ("out", self.outputs)):
             lines.append(f"  {title:3} " + ", ".join(f"{n} {s} {d}" for n, (s, d) in tensors.items()))
-        for source, target in self.states.items():
-            lines.append(f"  state {target} of one call is {source} of the next")
+        for outgoing, incoming in self.states.items():
+            lines.append(f"  state {outgoing} of one call is {incoming} of the next")
         rows = [("weight", "shape (out, in)", "encoding", "zeros", "bytes", "of dense", "")]
         for w in self.weights:
             kind = f"{w.encoding} {w.dtype}"

@@ -2,12 +2,14 @@
 
 What decides is what the stock kernels read rightly, which is less than what the format can express:
 
-* float32: FULLY_CONNECTED has one SIMD kernel for sparse weights, for blocks of 1x4 (out x in). XNNPACK leaves such an operator alone.
-* int8: one for blocks of 1x16, with float activations. It keeps block numbers and counts in a byte, without saying when they overflow.
-  The operator must have version 8: given the newer version the converter writes, XNNPACK reads the blocks as a dense matrix.
-* One scale per tensor: a scale per row is read by runtimes from about 2.16 on, and silently ignored by older ones.
-* float16: no kernel reads a sparse one. DENSIFY unpacks it once, when the interpreter is made; small file, dense speed. The same
-  serves float32 weights that have no 1x4 blocks or too many.
+* float32: FULLY_CONNECTED has one SIMD kernel for sparse weights, for blocks of 1x4 (out x in). XNNPACK leaves such an
+  operator alone.
+* int8: one for blocks of 1x16, with float activations. It keeps block numbers and counts in a byte, without saying when
+  they overflow. The operator must have version 8: given the newer version the converter writes, XNNPACK reads the
+  blocks as a dense matrix.
+* One scale per tensor: a scale per row is read rightly by TF 2.16, and silently ignored by tflite-runtime 2.14.
+* float16: no kernel reads a sparse one. DENSIFY unpacks it once, when the interpreter is made; small file, dense speed.
+  The same serves float32 weights that have no 1x4 blocks, or too many.
 """
 
 from dataclasses import dataclass
@@ -22,10 +24,11 @@ from keras_blocksparse.lite.report import WeightRecord
 _FC_VERSION = 8
 _MAX_BYTE = 255
 
-# Share of stored elements up to which the sparse kernel is as fast as the dense one, from a sweep over densities of a 1024x3072
-# matrix at batch 1 (AVX2 and AVX-512 machines); below it the sparse kernel also wins or the difference is microseconds.
+# Share of stored elements up to which the sparse kernel is used. On an AVX-512 machine, where XNNPACK's dense kernel is
+# at its best, a 1024x3072 product at batch 1 breaks even at 0.3 (512x1536: 0.15, a difference of 30 us at 0.3). Above,
+# float32 has DENSIFY for a small file at dense speed.
 _MAX_DENSITY_FLOAT32 = 0.35
-# int8 is compared on size as well: at half the elements the file is half as large and the kernel about twice as slow.
+# int8 breaks even at 0.2, and has no other way to a small file: the limit gives 60 us a product for half its bytes.
 _MAX_DENSITY_INT8 = 0.4
 # DENSIFY has no cost at run time except that the dense weight is in memory besides; it must be worth the longer graph.
 _MAX_BYTES_DENSIFY = 0.8
@@ -58,7 +61,8 @@ def sparsify(file: Flatbuffer, quantize: str | None, weights: list[KerasWeight])
     Args:
         file: a dense file, converted with the same `quantize`.
         quantize: None, `"int8"` or `"float16"`.
-        weights: the model's matrices. They name the records, and they hold the float values where an int8 file keeps a float weight.
+        weights: the model's matrices. They name the records, and they hold the float values where an int8 file keeps a
+            float weight.
 
     Returns:
         One record for each weight matrix and each larger constant of another operator.
@@ -72,14 +76,15 @@ def sparsify(file: Flatbuffer, quantize: str | None, weights: list[KerasWeight])
 
 
 def _weight_tensors(file: Flatbuffer, graph: Any) -> list[int]:
-    """Indices of the constants of a subgraph that count as weights: rank 2 or more, at least `_MIN_BYTES`, not one value throughout."""
+    """Indices of the constants of a subgraph that count as weights: of rank 2 or more, and not small or all zeros."""
     fully_connected = {int(op.inputs[1]) for g, op in file.operators("FULLY_CONNECTED") if g is graph}
     found = []
     for index, tensor in enumerate(graph.tensors):
         value = file.constant(tensor)
-        if value is None or value.ndim < 2:
+        if value is None or value.ndim < 2 or not any(index in list(op.inputs) for op in graph.operators or ()):
             continue
-        if index in fully_connected or (value.nbytes >= _MIN_BYTES and value.any()):
+        # Zeros of rank 3 are a sequence a loop will write to.
+        if index in fully_connected or (value.nbytes >= _MIN_BYTES and (value.ndim == 2 or value.any())):
             found.append(index)
     return found
 
@@ -98,7 +103,9 @@ class _Weight:
     ) -> None:
         self.file, self.graph, self.index, self.quantize, self.stored = file, graph, index, quantize, stored
         self.tensor = graph.tensors[index]
-        self.value = file.constant(self.tensor)
+        value = file.constant(self.tensor)
+        assert value is not None, "only constants become weights"
+        self.value = value
         self.readers = [op for op in graph.operators if index in list(op.inputs)]
         self.keras, self.float_value = self._recognise(weights)
 
@@ -107,14 +114,13 @@ class _Weight:
         if self.value.nbytes < _MIN_BYTES:
             return self._dense("smaller than the description of a sparse tensor")
         if self.quantize == "float16":
-            return (
-                self._densify("float16 has no sparse kernel")
-                if self.value.ndim == 2
-                else self._dense(self._not_matrix())
-            )
+            return self._densify("float16 has no sparse kernel")
+        if self.index in list(self.graph.outputs):
+            return self._dense("the graph gives it out")
         if not all(self.file.op_name(op) == "FULLY_CONNECTED" and op.inputs[1] == self.index for op in self.readers):
-            names = ", ".join(sorted({self.file.op_name(op) for op in self.readers})) or "the graph's outputs"
-            return self._dense(f"TFLite has no sparse kernel for {names}")
+            names = ", ".join(sorted({self.file.op_name(op) for op in self.readers}))
+            why = f"TFLite has no sparse kernel for {names}"
+            return self._dense(why) if self.value.dtype == np.int8 else self._densify(why)
         if self.value.dtype == np.int8:
             return self._int8()
         return self._float32()
@@ -167,11 +173,14 @@ class _Weight:
         return self._record(f"sparse {csr.block[0]}x{csr.block[1]}", csr.nbytes, csr.values.dtype, why)
 
     def _densify(self, why: str) -> WeightRecord:
-        rows, cols = self.value.shape
-        fitting = [b for b in _DENSIFY_BLOCKS if rows % b[0] == 0 and cols % b[1] == 0]
-        csr = min((encode_blocks(self.value, b) for b in fitting), key=lambda c: c.nbytes)
+        matrix = self.value.reshape(-1, self.value.shape[-1])
+        rows, cols = matrix.shape
+        fitting = [
+            b for b in _DENSIFY_BLOCKS if rows % b[0] == 0 and cols % b[1] == 0 and (b[0] == 1 or self.value.ndim == 2)
+        ]
+        csr = min((encode_blocks(matrix, b) for b in fitting), key=lambda c: c.nbytes)
         if csr.nbytes > _MAX_BYTES_DENSIFY * self.value.nbytes:
-            return self._dense(f"too few zero blocks ({csr.density:.0%} would be stored)")
+            return self._dense(f"{why}; too few zero blocks to unpack it from ({csr.density:.0%} would be stored)")
         self._store(csr)
         schema = self.file.schema
         unpacked = schema.TensorT()
@@ -180,27 +189,44 @@ class _Weight:
         unpacked.shapeSignature = None
         unpacked.hasRank = True
         unpacked.buffer = 0
-        self.graph.tensors.append(unpacked)
-        op = schema.OperatorT()
-        op.opcodeIndex = self.file.opcode(schema.BuiltinOperator.DENSIFY, 1)
-        op.builtinOptionsType = schema.BuiltinOptions.DensifyOptions
-        op.builtinOptions = schema.DensifyOptionsT()
-        op.inputs = np.array([self.index], np.int32)
-        op.outputs = np.array([len(self.graph.tensors) - 1], np.int32)
+        dense = _append(self.graph, unpacked)
+        op = _operator(self.file, "DENSIFY", [self.index], [dense])
         for reader in self.readers:
-            reader.inputs = np.where(np.asarray(reader.inputs) == self.index, op.outputs[0], reader.inputs).astype(
-                np.int32
-            )
+            reader.inputs = np.where(np.asarray(reader.inputs) == self.index, dense, reader.inputs).astype(np.int32)
         # Operators run in the order they are listed; nothing the constant depends on comes before.
         self.graph.operators.insert(0, op)
+        if self.value.dtype == np.float16:
+            self._guard(dense)
         return self._record(f"densify {csr.block[0]}x{csr.block[1]}", csr.nbytes, csr.values.dtype, why)
+
+    def _guard(self, dense: int) -> None:
+        """Adds a SHAPE that reads the unpacked weight, and whose result nobody reads.
+
+        XNNPACK unpacks a constant itself where the reader is one of its own operators, and leaves DENSIFY out of the
+        graph. For DENSIFY followed by DEQUANTIZE it looks at the reader of DENSIFY, its own DEQUANTIZE, and not at who
+        reads that in turn: an operator it does not take then reads memory nobody wrote (seen as NaN, and as wrong
+        numbers, in TF 2.16). A reader XNNPACK never takes keeps DENSIFY in the graph. SHAPE costs nothing, for it
+        answers when the interpreter is prepared.
+        """
+        schema = self.file.schema
+        shape = schema.TensorT()
+        shape.name, shape.type, shape.hasRank, shape.buffer = (
+            self.tensor.name + b"/shape",
+            schema.TensorType.INT32,
+            True,
+            0,
+        )
+        shape.shape = np.array([self.value.ndim], np.int32)
+        op = _operator(self.file, "SHAPE", [dense], [_append(self.graph, shape)])
+        op.builtinOptions.outType = schema.TensorType.INT32
+        self.graph.operators.insert(1, op)
 
     def _store(self, csr: BlockCSR) -> None:
         # A layer that is called twice has its weight in two loop bodies; they go on sharing one buffer.
         key = (self.tensor.buffer, csr.block, csr.values.dtype)
         if key not in self.stored:
             self.stored[key] = self.file.add_buffer(csr.values)
-        self.tensor.sparsity = self.file.sparsity(csr)
+        self.tensor.sparsity = self.file.sparsity(csr, self.value.shape)
         self.tensor.buffer = self.stored[key]
 
     def _dense(self, why: str) -> WeightRecord:
@@ -218,35 +244,31 @@ class _Weight:
             why=why,
         )
 
-    def _not_matrix(self) -> str:
-        return f"only matrices are stored sparse, this has {self.value.ndim} dimensions"
-
     # ---- where it comes from
 
     def _recognise(self, weights: list[KerasWeight]) -> tuple[str, np.ndarray | None]:
-        """Path of the Keras weight this constant is the transpose of, whole or some of its columns, and its float value."""
-        value = self.value
+        """Path and float value of the Keras weight this constant is: as it is, transposed, or some of its columns."""
+        value, relative, absolute = self.value, 0.0, 1e-7
         if value.ndim != 2:
             return "", None
-        close = 0.0
         if value.dtype == np.int8:
-            close = float(self.tensor.quantization.scale[0])
-            value = value * np.float32(close)
+            scale = np.float32(self.tensor.quantization.scale[0])
+            value, absolute = value * scale, 0.51 * float(scale)
         elif value.dtype == np.float16:
-            value, close = value.astype(np.float32), 1e-3
+            value, relative = value.astype(np.float32), 1e-3
         outputs, inputs = value.shape
         for weight in weights:
             rows, cols = weight.value.shape
-            if rows != inputs or cols < outputs:
-                continue
-            # Gates side by side: a layer may multiply by some of them only, from the first, up to the last, or by one after the other.
-            for start in sorted({*range(0, cols - outputs + 1, outputs), cols - outputs}):
-                part = weight.value[:, start : start + outputs].T
-                if np.allclose(
-                    value, part, rtol=close if self.value.dtype == np.float16 else 0, atol=close * 0.51 + 1e-7
-                ):
-                    name = weight.path if outputs == cols else f"{weight.path}[:, {start}:{start + outputs}]"
-                    return name, np.ascontiguousarray(part)
+            if rows == inputs and cols >= outputs:
+                # Gates lie side by side, and a layer may multiply by some of them only: the first, the last, or one
+                # after the other.
+                for start in sorted({*range(0, cols - outputs + 1, outputs), cols - outputs}):
+                    part = weight.value[:, start : start + outputs].T
+                    if np.allclose(value, part, rtol=relative, atol=absolute):
+                        columns = "" if outputs == cols else f"[:, {start}:{start + outputs}]"
+                        return weight.path + columns, np.ascontiguousarray(part)
+            if (rows, cols) == value.shape and np.allclose(value, weight.value, rtol=relative, atol=absolute):
+                return weight.path, weight.value
         return "", None
 
 
@@ -266,12 +288,7 @@ def fill_zeros(file: Flatbuffer) -> None:
                 file, graph, tensor.name + b"/dims", np.array(value.shape, np.int32), schema.TensorType.INT32
             )
             zero = _constant(file, graph, tensor.name + b"/zero", np.array(0, np.float32), schema.TensorType.FLOAT32)
-            op = schema.OperatorT()
-            op.opcodeIndex = file.opcode(schema.BuiltinOperator.FILL, 1)
-            op.builtinOptionsType = schema.BuiltinOptions.FillOptions
-            op.builtinOptions = schema.FillOptionsT()
-            op.inputs = np.array([dims, zero], np.int32)
-            op.outputs = np.array([index], np.int32)
+            op = _operator(file, "FILL", [dims, zero], [index])
             tensor.buffer = 0
             graph.operators.insert(0, op)
 
@@ -281,5 +298,21 @@ def _constant(file: Flatbuffer, graph: Any, name: bytes, value: np.ndarray, kind
     tensor.name, tensor.type, tensor.hasRank = name, kind, True
     tensor.shape = np.array(value.shape, np.int32)
     tensor.buffer = file.add_buffer(value)
+    return _append(graph, tensor)
+
+
+def _append(graph: Any, tensor: Any) -> int:
     graph.tensors.append(tensor)
     return len(graph.tensors) - 1
+
+
+def _operator(file: Flatbuffer, name: str, inputs: list[int], outputs: list[int]) -> Any:
+    """An operator of version 1 with its default options; `name` as the schema writes it."""
+    schema = file.schema
+    op = schema.OperatorT()
+    op.opcodeIndex = file.opcode(getattr(schema.BuiltinOperator, name), 1)
+    options = name.capitalize() + "Options"
+    op.builtinOptionsType = getattr(schema.BuiltinOptions, options)
+    op.builtinOptions = getattr(schema, options + "T")()
+    op.inputs, op.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
+    return op

@@ -1,4 +1,4 @@
-"""Proof of a finished file: it runs on the stock interpreters, in a process of its own, and computes what the Keras model computes."""
+"""Proof of a finished file: in a process of its own, a stock interpreter computes what the Keras model computes."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_blocksparse.lite.convert import Traced, call_model, float32_compute, layers_of
+from keras_blocksparse.lite.convert import Traced, call_model, layers_of, plain_inference
 from keras_blocksparse.lite.errors import ExportError
 
 # Runtime -> (module to look for, what to install).
@@ -23,11 +23,13 @@ RUNTIMES = {
     "tflite_runtime": ("tflite_runtime", "pip install tflite-runtime"),
 }
 
+_RUNNER = Path(__file__).with_name("_runner.py")
 _STREAM_STEPS = 3
 _REPEATS = 40
 _SECONDS = 1.5
 
-# float32: the order of additions differs between runtimes, and a recurrence carries the difference on. Relative to the largest output.
+# float32: the order of additions differs between runtimes, and a recurrence carries the difference on. Relative to the
+# largest output.
 TOLERANCE_FLOAT32 = 2e-5
 # Quantized: against the dense file of the same quantization, whose error is that of the number format alone.
 TWIN_FACTOR = 2.0
@@ -43,7 +45,8 @@ class Cases:
     Attributes:
         arrays: `"case{c}/step{s}/{input}"` to the input of that call.
         steps: number of calls of each case; the states go from one call to the next.
-        expected: `"case{c}/step{s}/{output}"` to the output; states are not compared (a wrong one shows in the next call).
+        expected: `"case{c}/step{s}/{output}"` to the output; states are not compared (a wrong one shows in the next
+            call).
     """
 
     arrays: dict[str, np.ndarray]
@@ -53,7 +56,7 @@ class Cases:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one runtime gave: its version, outputs by `"{file}/case{c}/step{s}/{name}"`, and median latencies by file."""
+    """What one runtime gave: its version, outputs by `"{file}/case{c}/step{s}/{name}"`, median latency by file."""
 
     version: str
     outputs: dict[str, np.ndarray]
@@ -70,13 +73,14 @@ def installed_runtimes(wanted: list[str] | None) -> list[str]:
         ValueError: an unknown name, or none.
         ImportError: one that is not installed, or none is; says what to install.
     """
-    if wanted is not None and (isinstance(wanted, str) or not wanted or any(name not in RUNTIMES for name in wanted)):
+    if wanted is not None and (not isinstance(wanted, (list, tuple)) or not wanted or not set(wanted) <= set(RUNTIMES)):
         raise ValueError(f"runtimes must be None or a list of {sorted(RUNTIMES)}. Received: runtimes={wanted!r}")
     found = [name for name, (module, _) in RUNTIMES.items() if importlib.util.find_spec(module) is not None]
     for name in wanted or ():
         if name not in found:
             raise ImportError(
-                f"Runtime {name!r} is not installed: {RUNTIMES[name][1]}. Or pass validate=False, measure_latency=False."
+                f"Runtime {name!r} is not installed: {RUNTIMES[name][1]}. "
+                "Or pass validate=False, measure_latency=False."
             )
     if not found:
         raise ImportError(
@@ -91,8 +95,8 @@ def installed_runtimes(wanted: list[str] | None) -> list[str]:
 def make_cases(model: Any, traced: Traced, seed: int) -> Cases:
     """Random inputs with Keras' outputs for them.
 
-    Two cases of one call; the second has its last timesteps masked if the model masks. A streaming model gets one case of three calls, and
-    is compared with the Keras model on all frames at once.
+    Two cases of one call; the second has timesteps masked if the model masks. A streaming model gets one case
+    of three calls, and is compared with the Keras model on all frames at once.
 
     Raises:
         ExportError: a streaming model that cannot take three chunks at once.
@@ -109,8 +113,8 @@ def make_cases(model: Any, traced: Traced, seed: int) -> Cases:
             if streaming and spec.time_axis:
                 shape[1] *= count
             whole.append(_random(model, rng, shape, spec.dtype))
-            if case and spec.time_axis:
-                _mask_end(model, whole[-1])
+            if spec.time_axis and (case or streaming):
+                _mask_some(model, whole[-1])
             chunks = np.split(whole[-1], count, axis=1) if spec.time_axis else [whole[-1]] * count
             for step, chunk in enumerate(chunks):
                 arrays[f"case{case}/step{step}/{spec.name}"] = chunk
@@ -124,8 +128,8 @@ def _expect(model: Any, traced: Traced, whole: list[np.ndarray], case: int, coun
     import tensorflow as tf
 
     try:
-        with float32_compute(model):
-            outputs, _ = call_model(model, [tf.constant(a) for a in whole])
+        with plain_inference(model):
+            outputs, _ = call_model(model, [tf.constant(a) for a in whole], streaming=count > 1)
     except Exception as error:
         if count == 1:
             raise
@@ -136,6 +140,8 @@ def _expect(model: Any, traced: Traced, whole: list[np.ndarray], case: int, coun
     expected = {}
     for name, output, chunk in zip(traced.output_names, outputs, traced.outputs, strict=False):
         value = np.asarray(output)
+        if not np.isfinite(value).all():
+            raise ExportError(f"The Keras model gives NaN or infinite values for output {name!r} on random inputs.")
         # An output with a time axis comes in chunks; one without is that of the last frame, known after the last call.
         in_time = value.ndim > 1 and value.shape != tuple(chunk.shape) and value.shape[1] == count * chunk.shape[1]
         for step in range(count):
@@ -157,16 +163,16 @@ def _random(model: Any, rng: np.random.Generator, shape: list[int], dtype: str) 
     return rng.normal(size=shape).astype(dtype)
 
 
-def _mask_end(model: Any, value: np.ndarray) -> None:
-    """Masks the last third of the timesteps in place, by the value of the model's Masking or Embedding layer; does nothing without one."""
+def _mask_some(model: Any, value: np.ndarray) -> None:
+    """Masks the second third of the timesteps in place, if the model has a Masking layer or an Embedding that masks."""
     import keras
 
-    start = value.shape[1] - value.shape[1] // 3
+    third = slice(value.shape[1] // 3, value.shape[1] // 3 * 2)
     for layer in layers_of(model):
         if isinstance(layer, keras.layers.Masking) and value.ndim > 2:
-            value[:, start:] = layer.mask_value
+            value[:, third] = layer.mask_value
         if isinstance(layer, keras.layers.Embedding) and layer.mask_zero and value.ndim == 2:
-            value[:, start:] = 0
+            value[:, third] = 0
 
 
 # ---- running
@@ -210,9 +216,10 @@ def run(
     }
     tag = runtime.replace(".", "_")
     job_path, out_path = workdir / f"{tag}.job.npz", workdir / f"{tag}.out.npz"
-    np.savez(job_path, job=json.dumps(job), **cases.arrays)
+    arrays: dict[str, Any] = {"job": json.dumps(job), **cases.arrays}
+    np.savez(job_path, **arrays)
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    command = [sys.executable, str(Path(__file__).with_name("_runner.py")), str(job_path), str(out_path)]
+    command = [sys.executable, str(_RUNNER), str(job_path), str(out_path)]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:
@@ -220,10 +227,10 @@ def run(
     if done.returncode != 0 or not out_path.exists():
         raise ExportError(f"{runtime} cannot run the exported file: {_failure(done)}")
     with np.load(out_path) as out:
-        arrays = dict(out)
-    result = json.loads(str(arrays.pop("result")))
+        outputs = dict(out)
+    result = json.loads(str(outputs.pop("result")))
     latency = {name: float(np.median(times)) for name, times in result["latency_ms"].items()}
-    return RunResult(result["version"], arrays, latency)
+    return RunResult(result["version"], outputs, latency)
 
 
 def _failure(done: subprocess.CompletedProcess[str]) -> str:
@@ -244,47 +251,51 @@ def check(
 
     Args:
         runtime: its name, for the message.
-        result: outputs of the files `"export"` and, if quantized, `"twin"` (dense, same quantization).
+        result: outputs of the file `"export"` and, if quantized, of `"dense"` (float32) and `"twin"` (dense, same
+            quantization).
         cases: with the expected outputs.
         quantize: None, `"int8"` or `"float16"`.
         tolerance: largest absolute error allowed, instead of the rule below.
         streaming: for the message: says what else may be the cause.
 
     Returns:
-        `(largest absolute error, the tolerance it was checked against)`. By rule, for float32, `TOLERANCE_FLOAT32` times the largest
-        expected output (at least 1); quantized, twice the error of the dense twin plus `TWIN_FLOOR` of the largest output, and no more
-        than `TOLERANCE_QUANTIZED` of it.
+        `(largest absolute error, the tolerance it was checked against)`. By rule, for float32, `TOLERANCE_FLOAT32`
+        times the largest expected output (at least 1); quantized, twice the error of the dense twin plus `TWIN_FLOOR`
+        of the largest output, and no more than `TOLERANCE_QUANTIZED` of it.
 
     Raises:
         ExportError: an output is missing, of another shape, NaN or infinite, or too far off; names it.
     """
     worst, allowed = 0.0, 0.0
-    hint = (
-        " Streaming cannot carry layers that mix timesteps without a state, such as a convolution over time."
-        if streaming
-        else ""
-    )
-    scale = max([1.0, *(float(np.abs(v).max(initial=0)) for v in cases.expected.values())])
+    peak = max((float(np.abs(v).max(initial=0)) for v in cases.expected.values()), default=0.0)
+    # Rounding is that of the numbers inside, which are around 1 even where the outputs are smaller; quantization is not
+    # so modest.
+    scale = max(1.0, peak) if quantize is None else max(1e-3, peak)
     for key, want in cases.expected.items():
         got = result.outputs.get(f"export/{key}")
         if got is None or got.shape != want.shape:
-            raise ExportError(
-                f"{runtime} gives output {key!r} of shape {None if got is None else got.shape}, the Keras model {want.shape}."
-            )
-        if not np.isfinite(got).all() and np.isfinite(want).all():
-            raise ExportError(f"{runtime} gives NaN or infinite values for output {key!r}, the Keras model does not.")
+            shape = None if got is None else got.shape
+            raise ExportError(f"{runtime} gives output {key!r} of shape {shape}, the Keras model {want.shape}.")
         error = _distance(got, want)
-        if tolerance is not None:
-            bound = tolerance
-        elif quantize is None:
-            bound = TOLERANCE_FLOAT32 * scale
+        float_bound = TOLERANCE_FLOAT32 * max(1.0, peak) if tolerance is None else tolerance
+        if quantize is not None and not _distance(result.outputs[f"dense/{key}"], want) <= float_bound:
+            # The graph is wrong before any weight is: the twin would be off by as much, and make the bound as wide.
+            error, bound = _distance(result.outputs[f"dense/{key}"], want), float_bound
+        elif quantize is None or tolerance is not None:
+            bound = float_bound
         else:
             twin = _distance(result.outputs[f"twin/{key}"], want)
             bound = min(TWIN_FACTOR * twin + TWIN_FLOOR[quantize] * scale, TOLERANCE_QUANTIZED[quantize] * scale)
-        if error > bound:
+        # Written so that a NaN fails.
+        if not error <= bound:
+            hint = ""
+            if streaming:
+                hint = " Layers that mix timesteps without a state, such as a convolution, cannot stream."
+            elif quantize is not None and not _distance(result.outputs[f"twin/{key}"], want) <= bound:
+                hint = f" The dense {quantize} file that TensorFlow's converter writes is off on {runtime}, too."
             raise ExportError(
-                f"The exported file does not compute what the Keras model computes: on {runtime}, output {key!r} is off by {error:.3g}, "
-                f"where {bound:.3g} is allowed. Nothing was written.{hint}"
+                f"The exported file does not compute what the Keras model computes: on {runtime}, output {key!r} "
+                f"is off by {error:.3g}, where {bound:.3g} is allowed.{hint}"
             )
         worst, allowed = max(worst, error), max(allowed, bound)
     return worst, allowed

@@ -135,10 +135,28 @@ def test_the_whole_way_on_small_data(tmp_path, monkeypatch, capsys):
     assert size["sparse", None] < size["dense", None]
     assert size["sparse", "int8"] < size["dense", "int8"]
     table = (tmp_path / "results.md").read_text()
-    assert facts["verdict"] in table
     (heading,) = (line for line in table.splitlines() if line.startswith("|  |"))
     assert heading == "|  | dense, float32 | dense, int8 | 90% sparse, float32 | 90% sparse, int8 |"
+    assert f"| against dense |  |  | {facts['verdict']} | {facts['verdict']} |" in table
     for picture in ("masks.png", "training.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    assert facts["verdict"].split(":")[0] in capsys.readouterr().out
+    assert "against dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "verdict"),
+    [
+        ([0.98, 0.99], [0.90, 0.91], "WORSE: -8.00, spread 0.71"),
+        ([0.98, 0.99], [0.97, 0.99], "not worse: -0.50, spread 1.41"),
+        ([0.90], [0.95], "+5.00, by ONE SEED"),
+    ],
+)
+def test_the_table_says_if_sparse_is_worse_by_more_than_the_spread(dense, sparse, verdict):
+    from examples.japanese_vowels.results import Outcome
+    from examples.japanese_vowels.training import Recipe, Run
+
+    recipe = Recipe(1, 8, 1e-3, (4, 4), 0.9, 0.0, 0.1, 0.5)
+    scores = {"dense": dense, "sparse": sparse}
+    runs = [Run(kind, seed, None, score, [], []) for kind in scores for seed, score in enumerate(scores[kind])]
+    assert Outcome(recipe, runs, [], "test", 100, 0.0).verdict == verdict
