@@ -214,6 +214,10 @@ def plain_inference(model: Any) -> Iterator[None]:
         for layer in layers_of(model):
             if getattr(layer, "compute_dtype", "float32") in ("float16", "bfloat16"):
                 change(layer, "dtype_policy", keras.DTypePolicy("float32"))
+            # Up to Keras 3.8 or so the casts between layers are operations of the model's graph.
+            for operation in getattr(getattr(layer, "_functional", None) or layer, "operations", ()):
+                if type(operation).__name__ == "Cast" and operation.dtype in ("float16", "bfloat16"):
+                    change(operation, "dtype", "float32")
             for rate in ("dropout", "recurrent_dropout"):
                 if isinstance(vars(layer).get(rate), float) and vars(layer)[rate] > 0:
                     change(layer, rate, 0.0)
