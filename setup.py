@@ -36,7 +36,7 @@ def build_native(output: Path, folder: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise SystemExit(
-            f"keras_blocksparse needs a C++17 compiler, for example g++ (Debian: apt install g++). {compiler!r} was not found"
+            f"keras_blocksparse needs a C++17 compiler, for example g++ (Debian: apt install g++). Not found: {compiler!r}"
         )
     configure = ["cmake", "-S", str(NATIVE), "-B", str(folder), f"-DKBS_OUTPUT={output}", "-DCMAKE_BUILD_TYPE=Release"]
     subprocess.run(configure, check=True)
