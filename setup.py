@@ -38,8 +38,7 @@ def build_native(output: Path, folder: Path) -> None:
         raise SystemExit(
             f"keras_blocksparse needs a C++17 compiler, for example g++ (Debian: apt install g++). Not found: {compiler!r}"
         )
-    configure = ["cmake", "-S", str(NATIVE), "-B", str(folder), f"-DKBS_OUTPUT={output}", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run(configure, check=True)
+    subprocess.run(["cmake", "-S", str(NATIVE), "-B", str(folder), f"-DKBS_OUTPUT={output}"], check=True)
     subprocess.run(["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 
