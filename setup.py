@@ -36,7 +36,7 @@ def build_native(output: Path, folder: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise SystemExit(
-            f"keras_blocksparse needs a C++17 compiler, for example g++ (Debian: apt install g++). Not found: {compiler!r}"
+            f"keras_blocksparse needs a C++17 compiler, such as g++ (Debian: apt install g++). Not found: {compiler!r}"
         )
     subprocess.run(["cmake", "-S", str(NATIVE), "-B", str(folder), f"-DKBS_OUTPUT={output}"], check=True)
     subprocess.run(["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], check=True)
