@@ -1,6 +1,6 @@
 """What pruning costs while a model trains: the time of a step, of a mask update, and of the import.
 
-Each kind of training is a real `fit()` in a thread of its own. The threads take turns, one batch each, so that kinds
+Each kind of training is a real `fit()` in a thread of its own. The threads take turns of some batches, so that kinds
 are compared within the same second of the same process; only one of them runs at a time. The time of a batch is taken
 around all callbacks. Batches on which masks move are told from the others, and count once in `frequency` batches. There
 are several models of each kind, since where the buffers of a model happen to lie makes a difference of about 1 %.
@@ -81,15 +81,16 @@ class Begin(keras.callbacks.Callback):
 class End(keras.callbacks.Callback):
     """Last in the list: stops the clock, and lets the next one run."""
 
-    def __init__(self, begin: Begin, done: Callable[[], None]) -> None:
+    def __init__(self, begin: Begin, turn: int, done: Callable[[], None]) -> None:
         super().__init__()
-        self.begin, self.done, self.seconds = begin, done, list[float]()
+        self.begin, self.turn, self.done, self.seconds = begin, turn, done, list[float]()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Keras calls this."""
         self.seconds.append(time.perf_counter() - self.begin.start)
         self.done()
-        self.begin.turns.give(self.begin.number)
+        if len(self.seconds) % self.turn == 0:
+            self.begin.turns.give(self.begin.number)
 
 
 def build(options: argparse.Namespace) -> keras.Model:
@@ -140,7 +141,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, np.ndarray]:
             prune(model, steps, options, arguments)
         model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         begin = Begin(turns, number)
-        end = End(begin, tell)
+        end = End(begin, options.turn, tell)
         pruning = [] if arguments is None else [kbs.UpdatePruningStep()]
         threads.append(threading.Thread(target=fit, args=(number, model, [begin, *pruning, end]), daemon=True))
         ends.append(end)
@@ -228,6 +229,12 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=50)
     parser.add_argument("--frequency", type=int, default=100, help="steps between mask updates")
     parser.add_argument("--cycles", type=int, default=2, help="mask updates, and so many times FREQUENCY steps")
+    parser.add_argument(
+        "--turn",
+        type=int,
+        default=10,
+        help="batches in a row of one model; with 1, each begins with caches full of the other models (default: 10)",
+    )
     parser.add_argument("--models", type=int, default=3, help="of each kind")
     parser.add_argument("--imports", type=int, default=7, help="processes to time the import in")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
