@@ -11,7 +11,9 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-PROJECT_FILES := pyproject.toml setup.py
+# What an installation is made from; a change of the native core installs again, which compiles what changed.
+PROJECT_FILES := pyproject.toml setup.py keras_blocksparse/native/CMakeLists.txt \
+	$(wildcard keras_blocksparse/native/src/* keras_blocksparse/native/include/*)
 
 # TensorFlow's start-up lines are not ours to show, and tests must be the same on a machine with a GPU.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -19,7 +21,7 @@ demo test test-oldest bench docs: export CUDA_VISIBLE_DEVICES := -1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs test-oldest bench clean
+.PHONY: help venv demo test lint docs test-native test-oldest bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -52,6 +54,9 @@ lint: $(VENV)/.stamp-dev  ## ruff and mypy
 
 docs: $(VENV)/.stamp-dev  ## build docs/ into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test-native:  ## the native core under address, undefined-behaviour and thread sanitizers
+	sh keras_blocksparse/native/sanitize.sh build/sanitize
 
 test-oldest: $(VENV_OLDEST)/.stamp-test  ## the suite on the oldest TensorFlow and Keras supported
 	$(VENV_OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

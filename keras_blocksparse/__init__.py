@@ -13,6 +13,7 @@ from keras_blocksparse.pruning import Pruner, prune_low_magnitude_block, sparsit
 from keras_blocksparse.regularizers import GroupLassoRegularizer
 from keras_blocksparse.report import SparsityReport, sparsity_report
 from keras_blocksparse.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule, ThresholdRamp
+from keras_blocksparse.sparse import BlockSparseMatrix, get_isa, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "ERK",
     "BlockGrid",
     "BlockPruning",
+    "BlockSparseMatrix",
     "ConstantSparsity",
     "Distribution",
     "ExportError",
@@ -37,9 +39,11 @@ __all__ = [
     "Uniform",
     "UpdatePruningStep",
     "export_tflite",
+    "get_isa",
     "plot_masks",
     "prune_low_magnitude_block",
     "register_prunable",
+    "set_num_threads",
     "sparsity",
     "sparsity_report",
     "strip_pruning",

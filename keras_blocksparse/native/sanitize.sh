@@ -1,0 +1,24 @@
+#!/bin/sh
+# Sanitized builds of libkbs, and tests/native/check.cc on each instruction set that this machine runs. Without Python:
+# TensorFlow does not survive the address sanitizer. From the root of the repository:
+#   keras_blocksparse/native/sanitize.sh [build folder]
+set -eu
+folder=${1:-/tmp/kbs-sanitize}
+compiler=${CXX:-g++}
+
+build() {  # name, -fsanitize=
+    cmake -S keras_blocksparse/native -B "$folder/$1" -DKBS_SANITIZE="$2" -DKBS_OUTPUT="$folder/$1" >/dev/null
+    cmake --build "$folder/$1" -j2 >/dev/null
+    $compiler -std=c++17 -g -O1 -pthread "-fsanitize=$2" -fno-sanitize-recover=all -Ikeras_blocksparse/native/include \
+        tests/native/check.cc -o "$folder/$1/check" -L"$folder/$1" -lkbs "-Wl,-rpath,$folder/$1"
+}
+
+build address address,undefined
+for isa in $("$folder/address/check" isas); do
+    echo "address, undefined behaviour: $isa"
+    for what in results hostile threads; do KBS_ISA=$isa "$folder/address/check" $what; done
+done
+
+build thread thread
+echo "threads:"
+"$folder/thread/check" threads

@@ -1,0 +1,6 @@
+"""Block-sparse matrices and layers that run on the native kernels."""
+
+from keras_blocksparse.sparse._native import available_isas, get_isa, get_num_threads, set_num_threads
+from keras_blocksparse.sparse.matrix import BlockSparseMatrix
+
+__all__ = ["BlockSparseMatrix", "available_isas", "get_isa", "get_num_threads", "set_num_threads"]
