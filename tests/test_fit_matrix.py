@@ -261,14 +261,7 @@ def test_ways_of_running_a_step(kind, how, tmp_path):
     assert [step for step, _ in seen] == list(range(2, STEPS + 1, how.get("steps_per_execution", 1)))
 
 
-# Keras 3.5 itself ends a training whose epochs are shorter than one execution.
-LONGER = pytest.param(
-    5,
-    marks=pytest.mark.skipif(tuple(map(int, keras.__version__.split(".")[:2])) < (3, 8), reason="Keras stops training"),
-)
-
-
-@pytest.mark.parametrize("per_execution", [3, 4, LONGER])
+@pytest.mark.parametrize("per_execution", [3, 4, 5])
 def test_executions_that_do_not_divide_the_epoch(per_execution, tmp_path):
     # 4 batches an epoch: the last execution of an epoch is shorter than the others
     model = pruned(rnn_model(layers.GRU(12)))
