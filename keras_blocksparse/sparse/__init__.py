@@ -2,5 +2,6 @@
 
 from keras_blocksparse.sparse._native import available_isas, get_isa, get_num_threads, set_num_threads
 from keras_blocksparse.sparse.matrix import BlockSparseMatrix
+from keras_blocksparse.sparse.structure import BlockStructure
 
-__all__ = ["BlockSparseMatrix", "available_isas", "get_isa", "get_num_threads", "set_num_threads"]
+__all__ = ["BlockSparseMatrix", "BlockStructure", "available_isas", "get_isa", "get_num_threads", "set_num_threads"]

@@ -12,10 +12,11 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"linear": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "hard_sigmoid": 4, "clipped_relu": 5}
+COPY, STRUCTURE = 1, 2  # kbs_matrix_create
 CELLS = {"simple_rnn": 0, "gru": 1, "lstm": 2}
 
 FloatPointer = POINTER(c_float)
@@ -98,6 +99,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "kbs_validate": (c_int32, [c_void_p, c_int64]),
     "kbs_inspect": (c_int32, [c_void_p, c_int64, POINTER(Info)]),
     "kbs_unpack": (c_int32, [c_void_p, c_int64, FloatPointer]),
+    "kbs_kept_blocks": (c_int32, [c_void_p, c_int64, BytePointer]),
     "kbs_positions": (c_int32, [c_void_p, c_int64, POINTER(c_int64)]),
     "kbs_matrix_create": (c_int32, [c_void_p, c_int64, c_int32, POINTER(c_void_p)]),
     "kbs_matrix_destroy": (None, [c_void_p]),

@@ -28,12 +28,6 @@ size_t scratch_bytes(const Header& h) {
 
 }  // namespace
 
-View with_values(const View& view, const void* values) {
-  View out = view;
-  if (values) out.values = values;
-  return out;
-}
-
 size_t operand_bytes(const View& view, int64_t rows) {
   const Header& h = *view.header;
   rows = std::min<int64_t>(rows, kBlockRows);
@@ -101,9 +95,8 @@ double estimated_us(const View& view, int64_t rows) {
 
 namespace {
 
-kbs_status check_matmul(const kbs_matrix* matrix, const float* x, int64_t x_stride, int64_t x_cols, const float* y,
-                        int64_t y_stride, int64_t y_cols, int64_t batch) {
-  if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
+kbs_status check_matmul(const float* x, int64_t x_stride, int64_t x_cols, const float* y, int64_t y_stride,
+                        int64_t y_cols, int64_t batch) {
   if (batch < 0) return fail(KBS_INVALID_ARGUMENT, "a batch of %lld rows", (long long)batch);
   if (batch > 0 && (!x || !y)) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
   if (batch > 1 && (x_stride < x_cols || y_stride < y_cols))
@@ -111,6 +104,8 @@ kbs_status check_matmul(const kbs_matrix* matrix, const float* x, int64_t x_stri
                 (long long)x_stride, (long long)y_stride, (long long)x_cols, (long long)y_cols);
   return KBS_OK;
 }
+
+kbs_status no_values() { return fail(KBS_INVALID_ARGUMENT, "the matrix is a structure without values, and none were given"); }
 
 // Calls work(chunk) for each of `chunks`, in turn on `threads` threads.
 template <class Work>
@@ -197,7 +192,7 @@ void sampled_product(const Kernels& k, const View& view, const float* x, size_t 
 using kbs::fail;
 using kbs::guarded;
 
-kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t copy, kbs_matrix** out) {
+kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, kbs_matrix** out) {
   return guarded([&]() -> kbs_status {
     if (!out) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     *out = nullptr;
@@ -206,14 +201,14 @@ kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t copy, kb
       kbs_matrix* matrix = new kbs_matrix;
       ~Owner() { delete matrix; }
     } owner;
-    if (copy) {
+    if (flags & KBS_COPY) {
       const size_t rounded = ((size_t)bytes + 63) / 64 * 64;
       owner.matrix->owned = (char*)std::aligned_alloc(64, rounded);
       if (!owner.matrix->owned) return fail(KBS_OUT_OF_MEMORY, "no memory for a matrix of %lld bytes", (long long)bytes);
       std::memcpy(owner.matrix->owned, packed, (size_t)bytes);
       packed = owner.matrix->owned;
     }
-    if (kbs_status status = kbs::open_packed(packed, bytes, &owner.matrix->view)) return status;
+    if (kbs_status status = kbs::open_packed(packed, bytes, flags & KBS_STRUCTURE, &owner.matrix->view)) return status;
     *out = owner.matrix;
     owner.matrix = nullptr;
     return KBS_OK;
@@ -227,11 +222,12 @@ kbs_status kbs_matmul(const kbs_matrix* matrix, const void* values, const float*
   return guarded([&]() -> kbs_status {
     if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
     const kbs::Header& h = *matrix->view.header;
-    if (kbs_status status = kbs::check_matmul(matrix, x, x_stride, h.rows, y, y_stride, h.cols, batch)) return status;
+    if (kbs_status status = kbs::check_matmul(x, x_stride, h.rows, y, y_stride, h.cols, batch)) return status;
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
-    if (batch > 0)
-      kbs::matmul(*k, with_values(matrix->view, values), x, (size_t)x_stride, batch, bias, accumulate != 0, y, (size_t)y_stride);
+    const kbs::View view = kbs::with_values(matrix->view, values);
+    if (!view.values) return kbs::no_values();
+    if (batch > 0) kbs::matmul(*k, view, x, (size_t)x_stride, batch, bias, accumulate != 0, y, (size_t)y_stride);
     return KBS_OK;
   });
 }
@@ -241,12 +237,13 @@ kbs_status kbs_matmul_transposed(const kbs_matrix* matrix, const void* values, c
   return guarded([&]() -> kbs_status {
     if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
     const kbs::Header& h = *matrix->view.header;
-    if (kbs_status status = kbs::check_matmul(matrix, dy, dy_stride, h.cols, dx, dx_stride, h.rows, batch)) return status;
+    if (kbs_status status = kbs::check_matmul(dy, dy_stride, h.cols, dx, dx_stride, h.rows, batch)) return status;
     if (h.dtype == KBS_INT8) return fail(KBS_UNSUPPORTED, "int8 matrices have no transposed product");
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
-    if (batch > 0)
-      kbs::matmul_transposed(*k, with_values(matrix->view, values), dy, (size_t)dy_stride, batch, dx, (size_t)dx_stride);
+    const kbs::View view = kbs::with_values(matrix->view, values);
+    if (!view.values) return kbs::no_values();
+    if (batch > 0) kbs::matmul_transposed(*k, view, dy, (size_t)dy_stride, batch, dx, (size_t)dx_stride);
     return KBS_OK;
   });
 }
@@ -256,7 +253,7 @@ kbs_status kbs_sampled_product(const kbs_matrix* matrix, const float* x, int64_t
   return guarded([&]() -> kbs_status {
     if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
     const kbs::Header& h = *matrix->view.header;
-    if (kbs_status status = kbs::check_matmul(matrix, x, x_stride, h.rows, dy, dy_stride, h.cols, batch)) return status;
+    if (kbs_status status = kbs::check_matmul(x, x_stride, h.rows, dy, dy_stride, h.cols, batch)) return status;
     if (!dvalues) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     if (h.dtype != KBS_FLOAT32) return fail(KBS_UNSUPPORTED, "gradients are those of float32 values");
     const kbs::Kernels* k = kbs::kernels();

@@ -41,7 +41,5 @@ size_t split_strips(const View& view, int index, int parts);
 double estimated_us(const View& view, int64_t rows);
 constexpr double kWorthThreadsUs = 50;
 
-View with_values(const View& view, const void* values);
-
 }  // namespace kbs
 #endif  // KBS_MATRIX_H_
