@@ -13,7 +13,20 @@ from keras_blocksparse.pruning import Pruner, prune_low_magnitude_block, sparsit
 from keras_blocksparse.regularizers import GroupLassoRegularizer
 from keras_blocksparse.report import SparsityReport, sparsity_report
 from keras_blocksparse.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule, ThresholdRamp
-from keras_blocksparse.sparse import BlockSparseMatrix, get_isa, set_num_threads
+from keras_blocksparse.sparse import (
+    BlockSparseDense,
+    BlockSparseGRU,
+    BlockSparseLSTM,
+    BlockSparseMatrix,
+    BlockSparseSimpleRNN,
+    BlockStructure,
+    ConversionReport,
+    conversion_report,
+    get_isa,
+    set_num_threads,
+    to_block_sparse,
+    to_dense,
+)
 
 __version__ = "0.1.0"
 
@@ -21,7 +34,13 @@ __all__ = [
     "ERK",
     "BlockGrid",
     "BlockPruning",
+    "BlockSparseDense",
+    "BlockSparseGRU",
+    "BlockSparseLSTM",
     "BlockSparseMatrix",
+    "BlockSparseSimpleRNN",
+    "BlockStructure",
+    "ConversionReport",
     "ConstantSparsity",
     "Distribution",
     "ExportError",
@@ -38,6 +57,7 @@ __all__ = [
     "ThresholdRamp",
     "Uniform",
     "UpdatePruningStep",
+    "conversion_report",
     "export_tflite",
     "get_isa",
     "plot_masks",
@@ -47,4 +67,6 @@ __all__ = [
     "sparsity",
     "sparsity_report",
     "strip_pruning",
+    "to_block_sparse",
+    "to_dense",
 ]

@@ -7,7 +7,7 @@ import dataclasses
 import html
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,18 +210,9 @@ class SparsityReport:
         return f"<style>{_STYLE}</style>{self._table_html()}"
 
     def __str__(self) -> str:
-        lines = [_HEADINGS] + [cells for _, cells in self._lines()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                c.ljust(w) if i < _LEFT else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        rule = "-" * max(map(len, text))
-        text.insert(1, rule)
-        text.insert(-2, rule)
-        return "\n".join(line.rstrip() for line in text + list(self.notes))
+        text = text_table([_HEADINGS] + [cells for _, cells in self._lines()], _LEFT)
+        text.insert(-2, text[1])
+        return "\n".join([*text, *self.notes])
 
     __repr__ = __str__
 
@@ -280,21 +271,24 @@ def sparsity_report(model: Any, block_size: BlockSize | None = None) -> Sparsity
         raise ValueError(f"There is no prunable layer in {model!r}")
     weights: list[WeightSparsity] = []
     notes: list[str] = []
+    refusals: list[str] = []
     for layer in layers:
         try:
             pairs = layer.built_weights()
         except ValueError as error:  # LoRA or quantization: there is no one weight
-            notes.append(f"{layer.path} is left out: {error}")
+            refusals.append(f"{layer.path} is left out: {error}")
             continue
         if not pairs:
             notes.append(f"{layer.path} is left out: it is not built yet")
         weights += [measure(layer, spec, variable, block_size) for spec, variable in pairs]
     if not weights:
+        if refusals:
+            raise ValueError("There is nothing to report:\n" + "\n".join(f"  {refusal}" for refusal in refusals))
         raise ValueError(
             "No weight is built yet, so there is nothing to report. Build the model first: call it on a batch, call "
             f"model.build(input_shape), or give it a keras.Input. Received: {model!r}"
         )
-    notes = [f"{weight.path} is not in blocks: {weight.note}" for weight in weights if weight.note] + notes
+    notes = [f"{weight.path} is not in blocks: {weight.note}" for weight in weights if weight.note] + refusals + notes
     pruned = [w for w in weights if w.under_pruning] or [w for w in weights if w.sparse]
     zeros = sum(w.parameters - sum(w.kept_parameters) for w in weights)
     parameters = _count_parameters(model)
@@ -381,6 +375,17 @@ _HEADINGS = (
     "weight", "gate", "shape", "block", "sparsity", "blocks kept", "parameters kept", "dead inputs", "dead outputs",
 )  # fmt: skip
 _LEFT = 2  # columns of words; the rest are numbers and stand to the right
+
+
+def text_table(lines: Sequence[tuple[str, ...]], left: int) -> list[str]:
+    """Rows of cells as lines of text, a rule under the first; columns from `left` on are numbers."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    text.insert(1, "-" * max(map(len, text)))
+    return [line.rstrip() for line in text]
 
 
 def _cells(row: SparsityRow) -> tuple[str, ...]:
