@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_blocksparse.blocks import BlockGrid, BlockSize, check_block_size, infer_block_size
 from keras_blocksparse.constraints import pruning_of
-from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, find_prunable_layers
+from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, find_prunable_layers, refuse_block_sparse
 from keras_blocksparse.variables import to_numpy
 
 
@@ -261,7 +261,8 @@ def sparsity_report(model: Any, block_size: BlockSize | None = None) -> Sparsity
         A `SparsityReport`.
 
     Raises:
-        ValueError: the model is not built yet, it has no prunable layer, or `block_size` is not a pair of sizes.
+        ValueError: the model is not built yet, it has no prunable layer, it has block-sparse ones, or `block_size` is
+            not a pair of sizes.
         TypeError: `model` is no Keras model or layer.
     """
     if block_size is not None:
@@ -269,26 +270,24 @@ def sparsity_report(model: Any, block_size: BlockSize | None = None) -> Sparsity
     layers = find_prunable_layers(model, everything=True)
     if not layers:
         raise ValueError(f"There is no prunable layer in {model!r}")
+    refuse_block_sparse(layers)
     weights: list[WeightSparsity] = []
     notes: list[str] = []
-    refusals: list[str] = []
     for layer in layers:
         try:
             pairs = layer.built_weights()
         except ValueError as error:  # LoRA or quantization: there is no one weight
-            refusals.append(f"{layer.path} is left out: {error}")
+            notes.append(f"{layer.path} is left out: {error}")
             continue
         if not pairs:
             notes.append(f"{layer.path} is left out: it is not built yet")
         weights += [measure(layer, spec, variable, block_size) for spec, variable in pairs]
     if not weights:
-        if refusals:
-            raise ValueError("There is nothing to report:\n" + "\n".join(f"  {refusal}" for refusal in refusals))
         raise ValueError(
             "No weight is built yet, so there is nothing to report. Build the model first: call it on a batch, call "
             f"model.build(input_shape), or give it a keras.Input. Received: {model!r}"
         )
-    notes = [f"{weight.path} is not in blocks: {weight.note}" for weight in weights if weight.note] + refusals + notes
+    notes = [f"{weight.path} is not in blocks: {weight.note}" for weight in weights if weight.note] + notes
     pruned = [w for w in weights if w.under_pruning] or [w for w in weights if w.sparse]
     zeros = sum(w.parameters - sum(w.kept_parameters) for w in weights)
     parameters = _count_parameters(model)

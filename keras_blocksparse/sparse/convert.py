@@ -231,6 +231,8 @@ def to_dense(model: Any) -> Any:
 class BlockSparseIsNotPrunable(PrunableLayer):
     """Block-sparse layers: says how to prune, or look at, what they hold."""
 
+    dense = False
+
     def get_weight_specs(self) -> tuple[PrunableWeight, ...]:
         """Raises ValueError."""
         raise ValueError(
