@@ -30,7 +30,7 @@ ELEMENTWISE = (
 )
 
 
-class BlockSparseWeights:
+class BlockSparseWeights(keras.layers.Layer):
     """Stands before a Keras class, and puts kept blocks in the place of its matrices.
 
     Attributes:
@@ -54,7 +54,7 @@ class BlockSparseWeights:
             setattr(self, f"_{name}_start", values)
             self._check(name, structure)
 
-    def _check(self: Any, name: str, structure: BlockStructure) -> None:
+    def _check(self, name: str, structure: BlockStructure) -> None:
         """Raises ValueError unless a structure fits the layer."""
         if structure.gates != self.gates:
             raise ValueError(f"`{name}` must have {self.gates} gate(s). Received: gates={structure.gates}")
@@ -81,7 +81,7 @@ class BlockSparseWeights:
                     raise ValueError(f"{reason}. Received: {attribute_of(name, kind)}={reason.split()[0]}")
 
     @property
-    def kernel(self: Any) -> BlockSparseMatrix:
+    def kernel(self) -> BlockSparseMatrix:
         """A snapshot of the kernel."""
         return _snapshot(self, "kernel")
 
@@ -90,7 +90,7 @@ class BlockSparseWeights:
         self._kernel = variable  # where Keras's build puts it
 
     @property
-    def recurrent_kernel(self: Any) -> BlockSparseMatrix:
+    def recurrent_kernel(self) -> BlockSparseMatrix:
         """A snapshot of the recurrent kernel."""
         return _snapshot(self, "recurrent_kernel")
 
@@ -99,16 +99,16 @@ class BlockSparseWeights:
         self._recurrent_kernel = variable
 
     @property
-    def kernel_values(self: Any) -> Any:
+    def kernel_values(self) -> Any:
         """The kept blocks of the kernel, flat."""
         return self._kernel
 
     @property
-    def recurrent_kernel_values(self: Any) -> Any:
+    def recurrent_kernel_values(self) -> Any:
         """The kept blocks of the recurrent kernel, flat."""
         return self._recurrent_kernel
 
-    def add_weight(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """Keras's, except that a matrix becomes a flat variable of its kept blocks."""
         kwargs["autocast"] = False  # the native ops compute in float32, whatever the policy
         short = self.kernel_structure.dtype != "float32"
@@ -136,7 +136,7 @@ class BlockSparseWeights:
         structures = {name: getattr(self, f"{name}_structure").get_config() for name in self.matrices}
         return {**super().get_config(), **structures}
 
-    def _product(self: Any, x: Any, name: str, bias: Any = None) -> Any:
+    def _product(self, x: Any, name: str, bias: Any = None) -> Any:
         """`x W + bias` in float32."""
         values = ops.convert_to_tensor(getattr(self, f"_{name}"))
         bias = None if bias is None else ops.cast(bias, "float32")
@@ -149,14 +149,14 @@ class BlockSparseCell(BlockSparseWeights):
     #: The native loop's name for it.
     native_name: ClassVar[str]
 
-    def _gates(self: Any, x: Any, name: str, bias: Any, mask: Any) -> list[Any]:
+    def _gates(self, x: Any, name: str, bias: Any, mask: Any) -> list[Any]:
         """The product with each gate, under one dropout mask, one for each gate, or none."""
         if isinstance(mask, list):  # a whole product for each gate: plain, and only with recurrent dropout
             products = [self._product(x * gate_mask, name, bias) for gate_mask in mask]
             return [ops.split(product, self.gates, axis=-1)[gate] for gate, product in enumerate(products)]
         return ops.split(self._product(x if mask is None else x * mask, name, bias), self.gates, axis=-1)
 
-    def _masks(self: Any, inputs: Any, state: Any, training: Any) -> tuple[Any, Any]:
+    def _masks(self, inputs: Any, state: Any, training: Any) -> tuple[Any, Any]:
         """Dropout masks of the inputs and of the state, None where there is no dropout."""
         if not training:
             return None, None
@@ -400,7 +400,8 @@ class BlockSparseDense(BlockSparseWeights, keras.layers.Dense):
             ValueError: always.
         """
         raise ValueError(
-            f"A block-sparse layer has no LoRA: its product would be dense. Use kbs.to_dense first. Received: rank={rank}"
+            "A block-sparse layer has no LoRA, whose product would be dense. Use kbs.to_dense first. "
+            f"Received: rank={rank}"
         )
 
     # Keras's Dense saves its kernel by name, to allow for LoRA and quantization.
@@ -418,7 +419,10 @@ def not_elementwise(thing: Any) -> str:
     if thing is None or type(thing) in ELEMENTWISE:
         return ""
     known = ", ".join(cls.__name__ for cls in ELEMENTWISE)
-    return f"{type(thing).__name__} looks at the whole matrix, of which a block-sparse layer has the kept blocks (possible: {known})"
+    return (
+        f"{type(thing).__name__} looks at the whole matrix, of which a block-sparse layer has the kept blocks only "
+        f"(possible are {known})"
+    )
 
 
 def why_unfused(cell: Any) -> str:
