@@ -109,6 +109,7 @@ enum {
 /* Validates. `flags` is a sum of the above. */
 KBS_API kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, kbs_matrix** out);
 KBS_API void kbs_matrix_destroy(kbs_matrix* matrix);
+KBS_API kbs_status kbs_matrix_info(const kbs_matrix* matrix, kbs_info* info);
 
 /* y (batch, cols) = x (batch, rows) W + bias, or y += ... if accumulate. Row strides in elements. `bias` may be NULL.
  * `values`, if not NULL, stands in for the packed values (values_bytes of them, aligned to 4): weights in training.
@@ -159,12 +160,26 @@ typedef struct {
   float* y;                     /* (batch, steps, units), or (batch, units) without return_sequences */
   float* final_h;               /* NULL, or (batch, units) */
   float* final_c;               /* NULL, or (batch, units), LSTM */
+  void* reserve;
 } kbs_rnn_call;
 
 typedef struct kbs_rnn kbs_rnn;
 
 KBS_API kbs_status kbs_rnn_create(const kbs_rnn_config* config, kbs_rnn** out);
 KBS_API void kbs_rnn_destroy(kbs_rnn* rnn);
+KBS_API kbs_status kbs_rnn_reserve_bytes(const kbs_rnn* rnn, int64_t batch, int64_t steps, int64_t* bytes);
+typedef struct {
+  const float* dy;
+  const float* dfinal_h;
+  const float* dfinal_c;
+  float* dx;
+  float* dinitial_h;
+  float* dinitial_c;
+  float* dkernel_values;
+  float* drecurrent_values;
+  float* dbias;
+} kbs_rnn_gradients;
+KBS_API kbs_status kbs_rnn_backward(const kbs_rnn* rnn, const kbs_rnn_call* call, const kbs_rnn_gradients* gradients);
 KBS_API kbs_status kbs_rnn_run(const kbs_rnn* rnn, const kbs_rnn_call* call);
 
 #ifdef __cplusplus
