@@ -79,6 +79,23 @@ class RNNCall(ctypes.Structure):
         ("y", FloatPointer),
         ("final_h", FloatPointer),
         ("final_c", FloatPointer),
+        ("reserve", c_void_p),
+    ]
+
+
+class RNNGradients(ctypes.Structure):
+    """`kbs_rnn_gradients`."""
+
+    _fields_ = [
+        ("dy", FloatPointer),
+        ("dfinal_h", FloatPointer),
+        ("dfinal_c", FloatPointer),
+        ("dx", FloatPointer),
+        ("dinitial_h", FloatPointer),
+        ("dinitial_c", FloatPointer),
+        ("dkernel_values", FloatPointer),
+        ("drecurrent_values", FloatPointer),
+        ("dbias", FloatPointer),
     ]
 
 
@@ -121,6 +138,8 @@ _SIGNATURES: Signatures = {
     "kbs_rnn_create": (c_int32, [POINTER(RNNConfig), POINTER(c_void_p)]),
     "kbs_rnn_destroy": (None, [c_void_p]),
     "kbs_rnn_run": (c_int32, [c_void_p, POINTER(RNNCall)]),
+    "kbs_rnn_reserve_bytes": (c_int32, [c_void_p, c_int64, c_int64, POINTER(c_int64)]),
+    "kbs_rnn_backward": (c_int32, [c_void_p, POINTER(RNNCall), POINTER(RNNGradients)]),
 }
 
 

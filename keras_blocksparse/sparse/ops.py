@@ -106,15 +106,17 @@ def block_sparse_matmul(
         if isinstance(matrix, BlockStructure):
             raise ValueError("A structure has no values of its own: give `values`")
         values = matrix.values
-    cols = structure.shape[0 if transposed else 1]
+    x = _floats(x, "x")
     y = register_ops().keras_blocksparse_matmul(
-        x=_floats(x, "x"),
+        x=x,
         values=_values(values, structure, "values"),
         bias=_floats([] if bias is None else bias, "bias"),
         structure=structure.packed,
         transposed=transposed,
     )
-    return _with_last(y, cols)
+    if x.shape.rank is not None:
+        y.set_shape([*x.shape[:-1], structure.shape[0 if transposed else 1]])
+    return y
 
 
 def block_sparse_rnn(
@@ -179,8 +181,9 @@ def block_sparse_rnn(
     if len(initial_states) != count:
         raise ValueError(f"{cell!r} has {count} state(s). Received: {len(initial_states)} initial states")
     states = [_floats(state, "initial_states") for state in initial_states]
+    x = _floats(x, "x")
     y, h, c, _ = register_ops().keras_blocksparse_rnn(
-        x=_floats(x, "x"),
+        x=x,
         mask=tf.zeros((0, 0), tf.bool) if mask is None else tf.convert_to_tensor(mask, tf.bool, name="mask"),
         initial_h=states[0],
         initial_c=states[1] if cell == "lstm" else tf.zeros((0,)),
@@ -201,9 +204,11 @@ def block_sparse_rnn(
         zero_output_for_mask=zero_output_for_mask,
         reserve=training,
     )
-    if not return_sequences:
-        y = tf.reshape(y, tf.shape(h))
-    return _with_last(y, recurrent.shape[0]), [h, c][:count]
+    if return_sequences:
+        y.set_shape([x.shape[0], x.shape[1], recurrent.shape[0]])
+    else:
+        y = tf.squeeze(y, 1)
+    return y, [h, c][:count]
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -313,11 +318,4 @@ def _values(value: Any, structure: BlockStructure, name: str) -> tf.Tensor:
             f"`{name}` must be {structure.values_dtype} of shape {structure.values_shape}, for a matrix of "
             f"{structure.dtype}. Received: dtype={tensor.dtype.name}, shape={tensor.shape}"
         )
-    return tensor
-
-
-def _with_last(tensor: tf.Tensor, size: int) -> tf.Tensor:
-    """What is known of the shape here, but was hidden from the op's shape function."""
-    if tensor.shape.rank is not None and not tf.executing_eagerly():
-        tensor.set_shape([*tensor.shape[:-1], size])
     return tensor

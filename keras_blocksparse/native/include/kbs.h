@@ -160,27 +160,35 @@ typedef struct {
   float* y;                     /* (batch, steps, units), or (batch, units) without return_sequences */
   float* final_h;               /* NULL, or (batch, units) */
   float* final_c;               /* NULL, or (batch, units), LSTM */
-  void* reserve;
+  void* reserve;                /* NULL, or kbs_rnn_reserve_bytes of memory aligned to 4: what kbs_rnn_backward needs of
+                                   this run */
 } kbs_rnn_call;
 
 typedef struct kbs_rnn kbs_rnn;
 
 KBS_API kbs_status kbs_rnn_create(const kbs_rnn_config* config, kbs_rnn** out);
 KBS_API void kbs_rnn_destroy(kbs_rnn* rnn);
-KBS_API kbs_status kbs_rnn_reserve_bytes(const kbs_rnn* rnn, int64_t batch, int64_t steps, int64_t* bytes);
-typedef struct {
-  const float* dy;
-  const float* dfinal_h;
-  const float* dfinal_c;
-  float* dx;
-  float* dinitial_h;
-  float* dinitial_c;
-  float* dkernel_values;
-  float* drecurrent_values;
-  float* dbias;
-} kbs_rnn_gradients;
-KBS_API kbs_status kbs_rnn_backward(const kbs_rnn* rnn, const kbs_rnn_call* call, const kbs_rnn_gradients* gradients);
 KBS_API kbs_status kbs_rnn_run(const kbs_rnn* rnn, const kbs_rnn_call* call);
+
+/* ---- their gradients: float32 matrices only -------------------------------------------------------------------- */
+
+KBS_API kbs_status kbs_rnn_reserve_bytes(const kbs_rnn* rnn, int64_t batch, int64_t steps, int64_t* bytes);
+
+typedef struct {
+  const float* dy;         /* like kbs_rnn_call.y; NULL for zeros */
+  const float* dfinal_h;   /* NULL for zeros, or (batch, units) */
+  const float* dfinal_c;   /* LSTM */
+  float* dx;               /* (batch, steps, inputs); each result may be NULL: not wanted */
+  float* dinitial_h;       /* (batch, units) */
+  float* dinitial_c;       /* LSTM */
+  float* dkernel_values;   /* in the order of the packed values, zero in the padding */
+  float* drecurrent_values;
+  float* dbias;            /* in the shape of the bias that the call had; NULL if there was none */
+} kbs_rnn_gradients;
+
+/* Gradients of the run that `call` describes. call->reserve is what that run wrote, and is left as it is; NULL runs it
+ * again. The call's outputs are not used. */
+KBS_API kbs_status kbs_rnn_backward(const kbs_rnn* rnn, const kbs_rnn_call* call, const kbs_rnn_gradients* gradients);
 
 #ifdef __cplusplus
 }
