@@ -18,6 +18,7 @@ from keras_blocksparse.sparse.layers import (
     BlockSparseSimpleRNNCell,
 )
 from keras_blocksparse.sparse.matrix import BlockSparseMatrix
+from keras_blocksparse.sparse.ops import block_sparse_matmul, block_sparse_rnn, register_ops
 from keras_blocksparse.sparse.structure import BlockStructure
 
 __all__ = [
@@ -33,9 +34,12 @@ __all__ = [
     "ConversionReport",
     "LayerConversion",
     "available_isas",
+    "block_sparse_matmul",
+    "block_sparse_rnn",
     "conversion_report",
     "get_isa",
     "get_num_threads",
+    "register_ops",
     "set_num_threads",
     "to_block_sparse",
     "to_dense",
