@@ -40,7 +40,7 @@ def structures(inputs=8, units=12, gates=3, dtype="float32"):
 # ---- outputs -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(KINDS), batch=st.integers(1, 5), steps=st.integers(1, 5))
 def test_a_layer_computes_what_keras_computes(data, kind, batch, steps):
     draw = data.draw
@@ -55,6 +55,7 @@ def test_a_layer_computes_what_keras_computes(data, kind, batch, steps):
     if kind == "GRU":
         options["reset_after"] = draw(st.booleans(), label="reset_after")
     stock, sparse = twins(kind, inputs, units, **INITIALIZERS, **options)
+    stock.unroll = False  # Keras's unrolled loop zeroes the wrong steps of a masked sequence that goes backwards
     call = {}
     if draw(st.booleans(), label="mask"):
         call["mask"] = np.array(draw(st.lists(st.lists(st.booleans(), min_size=steps, max_size=steps), min_size=batch,
