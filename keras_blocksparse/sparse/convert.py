@@ -138,8 +138,8 @@ def to_block_sparse(
         A model of the same class, with the same names of layers and the same inputs and outputs.
 
     Raises:
-        ValueError: an argument is out of range; the model is not built, is still under pruning, or is a subclassed
-            model; or no layer at all can be converted, with the reason for each.
+        ValueError: an argument is out of range; the model is not built, is still under pruning, is a subclassed model,
+            or holds NaN; or no layer at all can be converted, with the reason for each.
         TypeError: `model` is no Keras model, or `block_size` holds no integers.
     """
     choices = _choose(model, block_size, dtype, max_density)
@@ -153,7 +153,7 @@ def to_block_sparse(
         if (matrices := chosen.get(id(layer))) is None:
             return None
         structures = {name: matrix.structure.get_config() for name, matrix in matrices.items()}
-        return BLOCK_SPARSE[type(layer)].from_config({**layer.get_config(), **structures})
+        return BLOCK_SPARSE[type(layer)].from_config({**_config(layer), **structures})
 
     fast, pairs = _rebuild(model, exchange)
     for old, new in pairs:
@@ -176,8 +176,10 @@ def conversion_report(
     Example:
 
     >>> report = kbs.conversion_report(model)
-    >>> [(row.layer, row.becomes, row.density) for row in report.layers]
-    [('gru', 'BlockSparseGRU', 0.1), ('head', '', 1.0)]
+    >>> for row in report.layers:
+    ...     print(row.layer, row.becomes or row.note, row.density)
+    gru BlockSparseGRU 0.1
+    head no block of it is zero 1.0
 
     Args and errors are those of `to_block_sparse`, except that it is no error if no layer can be converted.
 
@@ -208,7 +210,7 @@ def to_dense(model: Any) -> Any:
     def exchange(layer: Any) -> Any:
         if type(layer) not in DENSE:
             return None
-        config = layer.get_config()
+        config = _config(layer)
         for name in layer.matrices:
             del config[name]
         return DENSE[type(layer)].from_config(config)
@@ -276,6 +278,9 @@ def _choose_layer(
     block_sparse = BLOCK_SPARSE[type(layer)]
     gates = getattr(block_sparse, "cell_class", block_sparse).gates
     weights = {name: to_numpy(_variable(_owner(layer), name)) for name in block_sparse.matrices}
+    for name, w in weights.items():
+        if not np.isfinite(w).all():
+            raise ValueError(f"{path}/{name} holds NaN or infinite values; the model is broken")
     grids = {name: _grid(w, gates, block_size) for name, w in weights.items()}
     kept = {name: grid.nonzero_blocks(weights[name]) for name, grid in grids.items()}
     elements = sum(int((kept[name] * grid.elements).sum()) for name, grid in grids.items())
@@ -412,7 +417,13 @@ def _rebuild(model: Any, exchange: Callable[[Any], Any]) -> tuple[Any, list[tupl
             return layer  # an operation such as `x + y`: nothing of its own to copy
         if _is_graph(layer):
             with _uncompiled(layer):
-                return keras.models.clone_model(layer, clone_function=clone)
+                new = keras.models.clone_model(layer, clone_function=clone)
+            if type(new) is not type(layer):
+                raise ValueError(
+                    f"Keras copies a {type(layer).__name__} as a {type(new).__name__}, which may train or compute "
+                    f"otherwise. Write it as a plain Sequential or functional model. Received: {layer!r}"
+                )
+            return new
         config = layer.get_config()
         if type(layer) is keras.layers.Bidirectional:
             forward, backward = exchange_or_copy(layer.forward_layer), exchange_or_copy(layer.backward_layer)
@@ -433,15 +444,18 @@ def _rebuild(model: Any, exchange: Callable[[Any], Any]) -> tuple[Any, list[tupl
             return new
         if isinstance(layer, keras.layers.Lambda):  # of this process: nothing unsafe is read from a file
             return type(layer).from_config(layer.get_config(), safe_mode=False)
-        return type(layer).from_config(layer.get_config())
+        return type(layer).from_config(_config(layer))
 
-    new = clone(model)
-    if type(new) is not type(model):
-        raise ValueError(
-            f"Keras copies a {type(model).__name__} as a {type(new).__name__}, which may train or compute otherwise. "
-            f"Give a plain Sequential or functional model. Received: {model!r}"
-        )
-    return new, pairs
+    return clone(model), pairs
+
+
+def _config(layer: Any) -> dict[str, Any]:
+    """A layer's config, with activations as they are: a function that is not registered is not found by its name."""
+    config = layer.get_config()
+    if type(layer) in DENSE or type(layer).__module__.startswith("keras."):
+        names = [name for name in ("activation", "recurrent_activation") if name in config]
+        config.update({name: getattr(layer, name) for name in names})
+    return config
 
 
 @contextlib.contextmanager

@@ -321,14 +321,11 @@ class BlockSparseSimpleRNN(keras.layers.SimpleRNN, BlockSparseRNN):
     >>> layer.recurrent_kernel  # a snapshot
     <BlockSparseMatrix 256 x 256, blocks 16x16, 10.2% dense, float32>
 
-    Args:
-        *args: as `keras.layers.SimpleRNN`.
-        kernel: which blocks of the input matrix `(inputs, units)` are kept: a `BlockStructure`, its config, or a
-            `BlockSparseMatrix`, whose values are what the weight begins with. Else the layer's initializer fills the
-            kept blocks with what it would put there in the dense matrix (bfloat16 and int8: zeros).
-        recurrent_kernel: the same for the recurrent matrix `(units, units)`.
-        **kwargs: as `keras.layers.SimpleRNN`. Regularizers and constraints of a float32 matrix must work on each
-            element by itself: L1, L2, L1L2, NonNeg.
+    The arguments are those of `keras.layers.SimpleRNN`, and two more by name, `kernel` and `recurrent_kernel`. They say
+    which blocks are kept of the matrices `(inputs, units)` and `(units, units)`: each is a `BlockStructure`, the config
+    of one, or a `BlockSparseMatrix`, whose values are what the weight begins with. Without such values, the layer's
+    initializer fills the kept blocks with what it would put there in the dense matrix (bfloat16 and int8: zeros).
+    Regularizers and constraints of float32 matrices must work on each element by itself: L1, L2, L1L2, NonNeg.
 
     Raises:
         TypeError: `kernel` or `recurrent_kernel` is missing, or none of these.
@@ -368,12 +365,9 @@ class BlockSparseDense(BlockSparseWeights, keras.layers.Dense):
     makes it from one. float32 values are trained, and blocks that are not kept stay zero; a layer of bfloat16 or int8
     is for inference, and nothing of it trains.
 
-    Args:
-        *args: as `keras.layers.Dense`.
-        kernel: which blocks of the matrix `(inputs, units)` are kept: a `BlockStructure`, its config, or a
-            `BlockSparseMatrix`, whose values are what the weight begins with.
-        **kwargs: as `keras.layers.Dense`. A regularizer or constraint of a float32 kernel must work on each element by
-            itself: L1, L2, L1L2, NonNeg.
+    The arguments are those of `keras.layers.Dense`, and one more by name, `kernel`, which says which blocks are kept of
+    the matrix `(inputs, units)`: a `BlockStructure`, the config of one, or a `BlockSparseMatrix`, whose values are what
+    the weight begins with. Everything else about it is as in `BlockSparseSimpleRNN`.
 
     Raises:
         TypeError: `kernel` is missing, or none of these.

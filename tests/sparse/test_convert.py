@@ -174,6 +174,28 @@ def test_a_weight_that_is_all_zero():
     assert_close(kbs.to_dense(fast)(normal(2, 4, 8)), model(normal(2, 4, 8)))
 
 
+@pytest.mark.parametrize("activation", [lambda x: keras.ops.sin(x), keras.layers.ReLU(max_value=2.0)])
+def test_an_activation_need_not_be_known_to_keras(activation):
+    layers = [keras.layers.GRU(16, activation=activation), keras.layers.Dense(3, activation=activation, name="head")]
+    model = zero_blocks(keras.Sequential([keras.Input((4, 8)), *layers]), skip=["head"])
+    fast = quietly(model)
+    assert_close(fast(normal(2, 4, 8)), model(normal(2, 4, 8)))
+    assert_close(kbs.to_dense(fast)(normal(2, 4, 8)), model(normal(2, 4, 8)))
+
+
+def test_broken_weights_are_an_error():
+    model = small_model()
+    model.layers[0].cell.recurrent_kernel.assign(np.full((16, 48), np.nan))
+    with pytest.raises(ValueError, match="layer/recurrent_kernel holds NaN"):
+        quietly(model)
+
+
+def test_a_nested_model_that_keras_cannot_copy_is_an_error():
+    model = keras.Sequential([keras.Input((4, 8)), WithItsOwnConstructor(16), keras.layers.Dense(4)])
+    with pytest.raises(ValueError, match="copies a WithItsOwnConstructor as a Functional"):
+        quietly(zero_blocks(model), max_density=None)
+
+
 def test_trainable_flags_are_kept():
     model = small_model()
     model.layers[0].trainable = False
