@@ -56,7 +56,9 @@ class LayerConversion:
         density: share of the elements of its matrices that is kept; `None` where nothing was counted.
         nbytes: bytes of its weights, indices included.
         nbytes_dense: bytes that they took before.
-        note: why it is left alone, or why it does not run in one native loop, and when; "" otherwise.
+        fused: whether a whole sequence is one native call, outside training at least; `None` where there is no
+            sequence, or nothing native.
+        note: why it is left alone, or why it does not run fused, and when; "" otherwise.
     """
 
     layer: str
@@ -66,6 +68,7 @@ class LayerConversion:
     block_sizes: tuple[BlockSize, ...] = ()
     density: float | None = None
     nbytes: int = 0
+    fused: bool | None = None
     note: str = ""
 
 
@@ -80,16 +83,16 @@ class ConversionReport:
     layers: tuple[LayerConversion, ...]
 
     def __str__(self) -> str:
-        lines = [("layer", "becomes", "blocks", "kept", "bytes", "were")]
+        lines = [("layer", "becomes", "fused", "blocks", "kept", "bytes", "were")]
         for row in self.layers:
             blocks = ", ".join(f"{height}x{width}" for height, width in row.block_sizes)
             kept = "-" if row.density is None else f"{row.density:.1%}"
-            lines.append(
-                (row.layer, row.becomes or row.kind, blocks or "-", kept, f"{row.nbytes:,}", f"{row.nbytes_dense:,}")
-            )
+            fused = {True: "yes", False: "no", None: "-"}[row.fused]
+            sizes = f"{row.nbytes:,}", f"{row.nbytes_dense:,}"
+            lines.append((row.layer, row.becomes or row.kind, fused, blocks or "-", kept, *sizes))
         total, before = sum(row.nbytes for row in self.layers), sum(row.nbytes_dense for row in self.layers)
-        lines.append(("all of these", "", "", "", f"{total:,}", f"{before:,}"))
-        text = text_table(lines, 2)
+        lines.append(("all of these", "", "", "", "", f"{total:,}", f"{before:,}"))
+        text = text_table(lines, 3)
         text.insert(-1, text[1])
         notes = [f"{row.layer} {'' if row.becomes else 'is left alone: '}{row.note}" for row in self.layers if row.note]
         return "\n".join([*text, *notes])
@@ -304,6 +307,7 @@ def _choose_layer(
             becomes=block_sparse.__name__,
             block_sizes=tuple(grid.block_size for grid in grids.values()),
             nbytes=nbytes - sum(w.nbytes for w in weights.values()) + sum(m.nbytes for m in matrices.values()),
+            fused=None if type(layer) is keras.layers.Dense else not why_unfused(layer.cell),
             note=_how_it_runs(layer, dtype),
         ),
         matrices,

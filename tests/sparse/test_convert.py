@@ -386,6 +386,8 @@ def test_the_report_says_what_became_of_each_layer(capsys):
     assert encoder.note == "runs step by step in training: recurrent_dropout=0.1"
     assert rows["decoder"].note == "runs step by step: the native loop has no activation=elu"
     assert rows["both/forward_lstm"].note == ""
+    fused = {"encoder": True, "decoder": False, "nested/rnn": True, "frames/inner": None, "head": None}
+    assert {name: rows[name].fused for name in fused} == fused
     assert (rows["head"].becomes, rows["head"].note) == ("", "no block of it is zero")
     assert rows["embedding"].note.startswith("Embedding has no block-sparse form")
     assert rows["embedding"].nbytes == rows["embedding"].nbytes_dense == 4 * 11 * 8
@@ -397,8 +399,8 @@ def test_the_report_says_what_became_of_each_layer(capsys):
     printed = capsys.readouterr().out
     assert printed.strip() == str(report) == repr(report)
     table = printed.splitlines()
-    assert table[0].split() == ["layer", "becomes", "blocks", "kept", "bytes", "were"]
-    assert re.search(r"encoder +BlockSparseGRU +4x4, 4x4 +4\d\.\d% +[\d,]+ +4,992", printed)
+    assert table[0].split() == ["layer", "becomes", "fused", "blocks", "kept", "bytes", "were"]
+    assert re.search(r"encoder +BlockSparseGRU +yes +4x4, 4x4 +4\d\.\d% +[\d,]+ +4,992", printed)
     assert "head is left alone: no block of it is zero" in table
     json.dumps([row.layer for row in report.layers])
     kbs.to_block_sparse(model, verbose=False)
