@@ -43,6 +43,9 @@ DENSE = {block_sparse: dense for dense, block_sparse in BLOCK_SPARSE.items()}
 #: Blocks of a matrix that has no zero blocks, beside another that has.
 DENSE_BLOCK = (16, 16)
 
+#: Columns that the kernels compute at once at least: narrower blocks take the time of such.
+NARROW = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerConversion:
@@ -130,11 +133,12 @@ def to_block_sparse(
             that explain its zeros. A block larger than a matrix is cut to its size.
         dtype: what the kept blocks are stored as: "float32", which trains on; "bfloat16" or "int8" (a scale for each
             output), for inference only.
-        max_density: a layer that keeps more than this share of the elements of its matrices is left alone, since dense
-            it could be faster. On one thread of an AVX-512 machine, products of 256 to 1024 inputs with 4x4, 8x8 and
-            16x16 blocks, for 1 to 256 rows at a time, took 0.3 to 0.8 of the dense product's time where half was kept;
-            where three quarters were, the larger ones were slower than dense from 64 rows on. `None` converts whatever
-            the density, layers without a zero block included.
+        max_density: a layer that keeps more than this share of the elements of its matrices is left alone, since its
+            dense form could be faster. Elements of blocks that are 1, 2 or 3 columns wide count 4, 2 and 4/3 times,
+            since they take so much longer. `None` converts whatever the density, layers without a zero block included.
+            The default is from float32 products on one thread of an AVX-512 machine, 256 to 1024 inputs, 1 to 256 rows
+            at a time: with half of the elements in blocks of 4x4 to 32x32 they took 0.3 to 0.8 of the dense product's
+            time; with three quarters, many rows at a time took longer than dense.
         verbose: whether to print what is done with each layer, and why. `conversion_report` returns the same.
 
     Returns:
@@ -263,7 +267,8 @@ def _choose(model: Any, block_size: Any, dtype: str, max_density: Any) -> list[_
     if block_size is not None:
         block_size = check_block_size(block_size)
     check_dtype(dtype)
-    if max_density is not None and (isinstance(max_density, bool) or not 0 < max_density <= 1):
+    number = isinstance(max_density, (int, float)) and not isinstance(max_density, bool)
+    if max_density is not None and not (number and 0 < max_density <= 1):
         raise ValueError(f"`max_density` must be None or in (0, 1]. Received: max_density={max_density!r}")
     _check_model(model)
     if constraints_of(model):
@@ -286,16 +291,23 @@ def _choose_layer(
             raise ValueError(f"{path}/{name} holds NaN or infinite values; the model is broken")
     grids = {name: _grid(w, gates, block_size) for name, w in weights.items()}
     kept = {name: grid.nonzero_blocks(weights[name]) for name, grid in grids.items()}
-    elements = sum(int((kept[name] * grid.elements).sum()) for name, grid in grids.items())
-    density = elements / sum(w.size for w in weights.values())
+    elements = {name: int((kept[name] * grid.elements).sum()) for name, grid in grids.items()}
+    size = sum(w.size for w in weights.values())
+    density = sum(elements.values()) / size
     row = dataclasses.replace(row, density=density)
-    if max_density is not None and all(k.all() for k in kept.values()):
-        return _Choice(layer, dataclasses.replace(row, note="no block of it is zero"), {})
-    if max_density is not None and density > max_density:
-        reason = (
-            f"{density:.1%} of it is kept, more than max_density={max_density}: its dense form is taken to be faster"
-        )
-        return _Choice(layer, dataclasses.replace(row, note=reason), {})
+    if max_density is not None:
+        cost = sum(elements[name] * NARROW / min(NARROW, grid.block_size[1]) for name, grid in grids.items()) / size
+        zeros = sum(np.count_nonzero(w == 0) for w in weights.values()) / size
+        reason = ""
+        if all(k.all() for k in kept.values()):
+            reason = "no block of it is zero"
+            if block_size is None and zeros > 0.1:
+                reason = f"{zeros:.1%} of it is zero, but in no usual blocks. `block_size` says in which it was pruned"
+        elif cost > max_density:
+            narrow = "" if cost == density else f", in blocks so narrow that it takes as long as {cost:.1%}"
+            reason = f"{density:.1%} of it is kept{narrow}: more than max_density={max_density}, dense could be faster"
+        if reason:
+            return _Choice(layer, dataclasses.replace(row, note=reason), {})
     matrices = {
         name: BlockSparseMatrix.from_dense(w, grids[name].block_size, gates, dtype, kept[name])
         for name, w in weights.items()
@@ -333,7 +345,9 @@ def _why_not(layer: Any, dtype: str) -> str:
             for what in ("regularizer", "constraint"):
                 if reason := not_elementwise(getattr(layer, attribute_of(name, what))):
                     # Dropped, it would train to something else without a word.
-                    return f"its {attribute_of(name, what)} {reason}. Set it to None to convert without it"
+                    attribute = attribute_of(name, what)
+                    where = f"{'cell.' if _owner(layer) is not layer else ''}{attribute}"
+                    return f"its {attribute} {reason}. Set its {where} to None to convert without it"
     return ""
 
 

@@ -262,9 +262,13 @@ def test_regularizers_and_constraints_that_need_the_matrix_leave_a_float32_layer
     for options in ({"kernel_regularizer": "orthogonal_regularizer"}, {"recurrent_constraint": "unit_norm"}):
         model = small_model(**options)
         (name,) = options
-        with pytest.raises(ValueError, match=f"layer: its {name} .* looks at the whole matrix.*Set it to None"):
+        with pytest.raises(
+            ValueError, match=f"layer: its {name} .* looks at the whole matrix.*Set its cell.{name} to None"
+        ):
             quietly(model)
         assert type(quietly(model, dtype="int8").layers[0]) is BlockSparseGRU
+        setattr(model.layers[0].cell, name, None)
+        assert type(quietly(model).layers[0]) is BlockSparseGRU
     fast = quietly(small_model(kernel_constraint="non_neg", kernel_regularizer="l1"))
     assert type(fast.layers[0]) is BlockSparseGRU
 
@@ -420,13 +424,35 @@ def test_a_dense_matrix_beside_a_sparse_one_is_packed_whole():
 def test_a_layer_that_keeps_too_much_is_left_alone():
     model = small_model()
     model.layers[0].cell.kernel.assign(normal(8, 48))
-    with pytest.raises(ValueError, match=r"layer: \d\d.\d% of it is kept, more than max_density=0.5"):
+    with pytest.raises(ValueError, match=r"layer: \d\d.\d% of it is kept: more than max_density=0.5"):
         quietly(model)
     with pytest.raises(ValueError, match="head: no block of it is zero"):
         quietly(model)
     fast = quietly(model, max_density=None)
     assert [type(layer) for layer in fast.layers] == [BlockSparseGRU, BlockSparseDense]
     assert_close(fast(normal(2, 4, 8)), model(normal(2, 4, 8)))
+
+
+@pytest.mark.parametrize(
+    ("block_size", "sparsity", "converts"),
+    [((4, 2), 0.8, True), ((4, 2), 0.6, False), ((8, 1), 0.9, True), ((8, 1), 0.8, False)],
+)
+def test_narrow_blocks_must_be_fewer(block_size, sparsity, converts):
+    x = keras.Input((4, 32))
+    model = zero_blocks(keras.Model(x, keras.layers.GRU(32)(x)), block_size, sparsity)
+    row = kbs.conversion_report(model, block_size=block_size).layers[0]
+    assert bool(row.becomes) == converts
+    assert row.density == pytest.approx(1 - sparsity, abs=0.01)
+    assert ("in blocks so narrow that it takes as long as" in row.note) != converts
+
+
+def test_zeros_in_no_blocks_are_told_from_none():
+    model = small_model()
+    kernel = model.layers[0].cell.recurrent_kernel
+    model.layers[0].cell.kernel.assign(normal(8, 48))
+    kernel.assign(np.where(np.random.default_rng(0).random((16, 48)) < 0.7, 0, normal(16, 48)))
+    note = kbs.conversion_report(model).layers[0].note
+    assert re.match(r"4\d.\d% of it is zero, but in no usual blocks. `block_size` says", note)
 
 
 def test_the_block_size_can_be_given():
@@ -525,6 +551,7 @@ def test_a_functional_model_keeps_its_class():
             r"`max_density` must be None or in \(0, 1\]. Received: max_density=0",
         ),
         (small_model, {"max_density": True}, ValueError, "`max_density` must be"),
+        (small_model, {"max_density": "half"}, ValueError, "`max_density` must be"),
         (small_model, {"block_size": 16}, ValueError, "`block_size` must be a pair"),
         (small_model, {"block_size": (4.0, 4)}, TypeError, "two integers"),
     ],
