@@ -99,7 +99,9 @@ class RNNGradients(ctypes.Structure):
     ]
 
 
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+Signatures = dict[str, tuple[Any, list[Any]]]
+
+_SIGNATURES: Signatures = {
     "kbs_last_error": (c_char_p, []),
     "kbs_get_isa": (c_int32, [POINTER(c_char_p)]),
     "kbs_available_isas": (c_char_p, []),
@@ -188,10 +190,15 @@ def open_library(path: Path) -> ctypes.CDLL:
             f"{path} speaks version {found} of the native interface, this package speaks {ABI_VERSION}. "
             "Remove the old file and reinstall keras_blocksparse"
         )
-    for name, (result, arguments) in _SIGNATURES.items():
+    declare(lib, _SIGNATURES)
+    return lib
+
+
+def declare(lib: ctypes.CDLL, signatures: Signatures) -> None:
+    """Tells ctypes what the functions of a library take and return."""
+    for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    return lib
 
 
 def call(name: str, *arguments: Any) -> None:

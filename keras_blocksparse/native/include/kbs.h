@@ -109,6 +109,7 @@ enum {
 /* Validates. `flags` is a sum of the above. */
 KBS_API kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, kbs_matrix** out);
 KBS_API void kbs_matrix_destroy(kbs_matrix* matrix);
+KBS_API kbs_status kbs_matrix_info(const kbs_matrix* matrix, kbs_info* info);
 
 /* y (batch, cols) = x (batch, rows) W + bias, or y += ... if accumulate. Row strides in elements. `bias` may be NULL.
  * `values`, if not NULL, stands in for the packed values (values_bytes of them, aligned to 4): weights in training.

@@ -222,6 +222,12 @@ kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, k
 
 void kbs_matrix_destroy(kbs_matrix* matrix) { delete matrix; }
 
+kbs_status kbs_matrix_info(const kbs_matrix* matrix, kbs_info* info) {
+  if (!matrix || !info) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+  *info = kbs::describe(*matrix->view.header);
+  return KBS_OK;
+}
+
 kbs_status kbs_matmul(const kbs_matrix* matrix, const void* values, const float* x, int64_t x_stride, int64_t batch,
                       const float* bias, int32_t accumulate, float* y, int64_t y_stride) {
   return guarded([&]() -> kbs_status {
