@@ -1,15 +1,17 @@
 """to_block_sparse and to_dense, against the model they were given."""
 
 import json
+import os
 import re
 import zipfile
+from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from _helpers import run_python
+from _helpers import ROOT, run_python
 from layer_helpers import assert_close, normal, twins, with_zero_blocks, zero_blocks
 
 import keras_blocksparse as kbs
@@ -236,6 +238,36 @@ def test_training_gives_the_weights_of_masked_dense_training(kind):
     for got, wanted in zip(dense.trainable_variables, model.trainable_variables, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max(), err_msg=got.path)
     assert sum(np.count_nonzero(np.asarray(w) == 0) for w in dense.trainable_variables) > 50
+
+
+@pytest.mark.slow
+def test_on_two_replicas_training_gives_the_same_weights():
+    run_python(
+        """
+import contextlib, keras, numpy as np, tensorflow as tf, keras_blocksparse as kbs
+from layer_helpers import normal, zero_blocks
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+model = keras.Sequential([keras.Input((4, 8)), keras.layers.GRU(16), keras.layers.Dense(3, name="head")])
+zero_blocks(model, skip=["head"])
+strategy = tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"])
+weights = []
+for scope in (strategy.scope, contextlib.nullcontext):
+    with scope():
+        fast = kbs.to_block_sparse(model, verbose=False)
+        fast.compile("sgd", "mse")
+    fast.fit(normal(16, 4, 8), normal(16, 3), batch_size=8, epochs=2, shuffle=False, verbose=0)
+    weights.append(fast.get_weights())
+    assert kbs.to_dense(fast).get_weights()[0].shape == (8, 48)
+    with scope():
+        small = kbs.to_block_sparse(model, dtype="int8", verbose=False)
+    small.predict(normal(16, 4, 8), verbose=0)
+for mirrored, alone in zip(*weights, strict=True):
+    np.testing.assert_allclose(mirrored, alone, rtol=1e-4, atol=1e-6)
+""",
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        CUDA_VISIBLE_DEVICES="-1",
+    )
 
 
 def test_padding_stays_zero_under_adam_and_weight_decay():
