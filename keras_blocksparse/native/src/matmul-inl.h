@@ -151,6 +151,7 @@ void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t
   RowSums<Float32, W, B, in_flight(B)> sums;
   strip_rows(strip, view.index + strip.first_run, (const char*)view.values + strip.first_tile * kTileBytes,
              (const char*)x, stride * 4, sums);
+#pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
     float y[kTile];
     sums.fold(b, y);
@@ -164,6 +165,7 @@ void strip_rows_i8(const View& view, const Strip& strip, const uint8_t* x, size_
   RowSums<Int8, W, B, in_flight(B)> sums;
   strip_rows(strip, view.index + strip.first_run, (const char*)view.values + strip.first_tile * kTileBytes,
              (const char*)x, stride, sums);
+#pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
     uint32_t sum[kTile];  // wraps on the way, the true sum fits: see kMaxInt8Rows
     sums.fold(b, sum);
@@ -230,6 +232,7 @@ void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_
       for (uint32_t t = 0; t < 2 * run_tiles; t += 2, w += kTileBytes) rows_at(0, w, tile(t), tile(t + 1));
     }
   }
+#pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
     float y[kTile];
     sums.fold(b, y);
@@ -458,74 +461,117 @@ void strip_panel(const View& view, const Strip& strip, const float* w, const flo
 }
 
 #if KBS_LANES == 16
-// Eight lanes are half a register here. Blocks 16 wide take their vectors over the outputs instead; narrower ones put
-// two rows of x in a register and the two weights that go with them beside each other.
-void strip_panel8_wide(const View& view, const Strip& strip, const float* w, const float* panel, int n,
-                       const Output& out) {
-  V sum[2][8] = {};  // even and odd rows: with eight sums alone, one late load would hold up everything behind it
-  const int32_t* index = view.index + strip.first_run;
-  for (uint32_t i = 0; i < strip.runs; i++) {
-    const float* x = panel + (size_t)index[i] * 8;
-    const float* next = panel + (size_t)index[i + 1 < strip.runs ? i + 1 : i] * 8;
-    uint32_t r = 0;
-    for (; r + 2 <= strip.run; r += 2, w += 32, x += 16) {
-      __builtin_prefetch(next + r * 8);
-      for (int u = 0; u < 2; u++) {
-        ask_for_weights(w + u * 16);
-        const V row = load(w + u * 16);
-        for (int b = 0; b < 8; b++) sum[u][b] += row * x[u * 8 + b];
-      }
-    }
-    if (r < strip.run) {
-      const V row = load(w);
-      for (int b = 0; b < 8; b++) sum[0][b] += row * x[b];
-      w += 16;
-    }
+// Four lanes of the panel are a quad. A tile's quarters hold four columns each, of 16 / W rows; with a quad of its row
+// in each quarter of another register, column k of all quarters takes one shuffle, and a product for each quad.
+template <int K, int... Lane>
+KBS_INLINE V column_of_quarters(V tile, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(tile, tile, (Lane / 4 * 4 + K)...);
+}
+
+// Quarters A and B of one register, C and D of another.
+template <int A, int B, int C, int D, int... Lane>
+KBS_INLINE V quarters(V a, V b, std::integer_sequence<int, Lane...>) {
+  constexpr int from[] = {A, B, L / 4 + C, L / 4 + D};
+  return __builtin_shufflevector(a, b, (from[Lane / 4] * 4 + Lane % 4)...);
+}
+
+// quads[i] gets quad i of the rows that the tile's quarters belong to. Narrow tiles take panels of 8 lanes only.
+template <int W, int Q>
+KBS_INLINE void load_quads(const float* x, V (&quads)[Q]) {
+  using Lanes = std::make_integer_sequence<int, L>;
+  if constexpr (W == 16) {
+    for (int i = 0; i < Q; i++) quads[i] = repeat_quad(x + 4 * i);
+  } else if constexpr (W == 8) {
+    const V rows = load(x);
+    quads[0] = quarters<0, 0, 2, 2>(rows, rows, Lanes{});
+    quads[1] = quarters<1, 1, 3, 3>(rows, rows, Lanes{});
+  } else {
+    const V a = load(x), b = load(x + L);
+    quads[0] = quarters<0, 2, 0, 2>(a, b, Lanes{});
+    quads[1] = quarters<1, 3, 1, 3>(a, b, Lanes{});
   }
-  for (int b = 0; b < n; b++) {
-    float y[16];
-    store(y, sum[0][b] + sum[1][b]);
-    emit<16>(out, b, strip.col, y);
-  }
 }
 
-template <int A, int B, int... Lane>
-KBS_INLINE V two_weights(V tile, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(tile, tile, (Lane < 8 ? A : B)...);
+// zip_low and zip_high within each quarter.
+template <int First, int... Lane>
+KBS_INLINE V zip_quarters(V a, V b, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(a, b, (Lane % 2 * L + Lane / 4 * 4 + First + Lane % 4 / 2)...);
 }
 
-template <int W, int... Column>
-KBS_INLINE void row_pair(V tile, V x, V* sum, std::integer_sequence<int, Column...>, std::integer_sequence<int, 0>) {
-  ((sum[Column] += two_weights<Column, W + Column>(tile, std::make_integer_sequence<int, 16>{}) * x), ...);
-}
-template <int W, int... Column>
-KBS_INLINE void row_pair(V tile, V x, V* sum, std::integer_sequence<int, Column...>, std::integer_sequence<int, 0, 1>) {
-  ((sum[Column] += two_weights<2 * W + Column, 3 * W + Column>(tile, std::make_integer_sequence<int, 16>{}) * x), ...);
-}
-
+// The sums of W columns, each in 16 / W parts.
 template <int W>
-void strip_panel8_narrow(const View& view, const Strip& strip, const float* w, const float* panel, int n,
-                         const Output& out) {
-  constexpr int q = kTile / W;
-  V sum[2][W] = {};
-  const int32_t* index = view.index + strip.first_run;
-  using Columns = std::make_integer_sequence<int, W>;
-  for (uint32_t i = 0; i < strip.runs; i++) {
-    const float* x = panel + (size_t)index[i] * 8;
-    for (uint32_t r = 0; r < strip.run; r += q, w += kTile, x += q * 8) {
-      const V tile = load(w);
-      row_pair<W>(tile, load(x), sum[0], Columns{}, std::integer_sequence<int, 0>{});
-      if constexpr (W == 4) row_pair<W>(tile, load(x + 16), sum[1], Columns{}, std::integer_sequence<int, 0, 1>{});
+KBS_INLINE Floats<W> folded(V v) {
+  if constexpr (W == 16) {
+    return v;
+  } else {
+    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    if constexpr (W == 8) {
+      return half;
+    } else {
+      return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
     }
   }
-  Floats<8> y[W];
-  for (int c = 0; c < W; c++) {
-    const V both = sum[0][c] + sum[1][c];
-    y[c] = __builtin_shufflevector(both, both, 0, 1, 2, 3, 4, 5, 6, 7) +
-           __builtin_shufflevector(both, both, 8, 9, 10, 11, 12, 13, 14, 15);
-  }
-  emit_lanes<8, W>(y, n, 0, strip.col, out);
 }
+
+// y[k] holds column k of each quarter, for the four rows of a quad; n of them go to rows of y.
+template <int W>
+KBS_NOINLINE void emit_quad(V a, V b, V c, V d, int first, int n, uint32_t col, const Output& out) {
+  using Lanes = std::make_integer_sequence<int, L>;
+  V y[4] = {a, b, c, d};
+  for (int round = 0; round < 2; round++) {
+    const V even[] = {zip_quarters<0>(y[0], y[2], Lanes{}), zip_quarters<2>(y[0], y[2], Lanes{})};
+    const V odd[] = {zip_quarters<0>(y[1], y[3], Lanes{}), zip_quarters<2>(y[1], y[3], Lanes{})};
+    y[0] = even[0], y[1] = even[1], y[2] = odd[0], y[3] = odd[1];
+  }
+  for (int b = 0; b < 4 && first + b < n; b++) {
+    float flat[W];
+    store(flat, folded<W>(y[b]));
+    emit<W>(out, first + b, col, flat);
+  }
+}
+
+template <int W, int Q>
+void strip_quads(const View& view, const Strip& strip, const float* w, const float* panel, int lanes, int first, int n,
+                 const Output& out) {
+  using Lanes = std::make_integer_sequence<int, L>;
+  constexpr uint32_t q = kTile / W;
+  constexpr int U = 4 / Q;
+  const int32_t* index = view.index + strip.first_run;
+  V sum[U][Q][4] = {};
+  const auto tile = [&](int u, const float* w, const float* x) KBS_INLINE_LAMBDA {
+    ask_for_weights(w);
+    V quads[Q];
+    load_quads<W>(x, quads);
+    const V columns = load(w);
+    const V column[4] = {column_of_quarters<0>(columns, Lanes{}), column_of_quarters<1>(columns, Lanes{}),
+                         column_of_quarters<2>(columns, Lanes{}), column_of_quarters<3>(columns, Lanes{})};
+    for (int k = 0; k < 4; k++)
+      for (int i = 0; i < Q; i++) sum[u][i][k] += column[k] * quads[i];
+  };
+  uint32_t i = 0;
+  if (strip.run == q) {
+    for (; i + U <= strip.runs; i += U, w += U * kTile)
+      for (int u = 0; u < U; u++) tile(u, w + u * kTile, panel + (size_t)index[i + u] * lanes + first);
+  }
+  for (; i < strip.runs; i++) {
+    const float* x = panel + (size_t)index[i] * lanes + first;
+    uint32_t r = 0;
+    for (; r + U * q <= strip.run; r += U * q, w += U * kTile, x += U * q * lanes)
+      for (int u = 0; u < U; u++) tile(u, w + u * kTile, x + u * q * lanes);
+    if (U > 1 && r < strip.run) {
+      tile(0, w, x);
+      w += kTile;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Q; i++) {
+    if constexpr (U == 2)
+      for (int k = 0; k < 4; k++) sum[0][i][k] += sum[1][i][k];
+    emit_quad<W>(sum[0][i][0], sum[0][i][1], sum[0][i][2], sum[0][i][3], first + 4 * i, n, strip.col, out);
+  }
+}
+
 #endif
 
 void matmul_panel(const View& view, size_t begin, size_t end, const float* panel, int lanes, int n, float* scratch,
@@ -534,24 +580,28 @@ void matmul_panel(const View& view, size_t begin, size_t end, const float* panel
     const Strip& strip = view.strips[s];
     const float* w = widened(view, strip, scratch);
 #if KBS_LANES == 16
-    if (lanes == 8) {
-      if (strip.width == 16) {
-        strip_panel8_wide(view, strip, w, panel, n, out);
-      } else if (strip.width == 8 && strip.run % 2 == 0) {
-        strip_panel8_narrow<8>(view, strip, w, panel, n, out);
-      } else if (strip.width == 4 && strip.run % 4 == 0) {
-        strip_panel8_narrow<4>(view, strip, w, panel, n, out);
-      } else {
-#define CALL(W) strip_panel<8, W>(view, strip, w, panel, 8, n, out)
-        KBS_FOR_WIDTH(strip.width, CALL);
+    if (strip.width == 16 && lanes > 8) {
+      for (int first = 0; first < n; first += 16) strip_quads<16, 4>(view, strip, w, panel, lanes, first, n, out);
+    } else if (lanes > 8) {
+#define CALL(W) strip_panel<16, W>(view, strip, w, panel, lanes, n, out)
+      KBS_FOR_NARROW(strip.width, CALL);
 #undef CALL
-      }
-      continue;
+    } else if (strip.width == 16) {
+      strip_quads<16, 2>(view, strip, w, panel, 8, 0, n, out);
+    } else if (strip.width == 8 && strip.run % 2 == 0) {
+      strip_quads<8, 2>(view, strip, w, panel, 8, 0, n, out);
+    } else if (strip.width == 4 && strip.run % 4 == 0) {
+      strip_quads<4, 2>(view, strip, w, panel, 8, 0, n, out);
+    } else {
+#define CALL(W) strip_panel<8, W>(view, strip, w, panel, 8, n, out)
+      KBS_FOR_NARROW(strip.width, CALL);
+#undef CALL
     }
-#endif
+#else
 #define CALL(W) strip_panel<L, W>(view, strip, w, panel, lanes, n, out)
     KBS_FOR_WIDTH(strip.width, CALL);
 #undef CALL
+#endif
   }
 }
 

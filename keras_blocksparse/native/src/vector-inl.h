@@ -16,6 +16,7 @@
 #include "kernels.h"
 
 #define KBS_INLINE inline __attribute__((always_inline))
+#define KBS_NOINLINE __attribute__((noinline))
 #define KBS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace kbs {
@@ -97,6 +98,10 @@ KBS_INLINE void emit(const Output& out, size_t row, uint32_t col, const float* v
 #define KBS_FOR_WIDTH(width, CALL) \
   switch (width) {                 \
     case 16: CALL(16); break;      \
+    default: KBS_FOR_NARROW(width, CALL); break; \
+  }
+#define KBS_FOR_NARROW(width, CALL) \
+  switch (width) {                 \
     case 8: CALL(8); break;        \
     case 4: CALL(4); break;        \
     case 2: CALL(2); break;        \
