@@ -12,6 +12,10 @@ template <int... Lane>
 KBS_INLINE V halves(V a, V b, std::integer_sequence<int, Lane...>) {
   return __builtin_shufflevector(a, b, (Lane < L / 2 ? Lane : L + Lane)...);
 }
+template <int First, int... Lane, class T>
+KBS_INLINE auto lanes_from(T v, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(v, v, (First + Lane)...);
+}
 template <int W, int... Lane>
 KBS_INLINE V repeat_each(V v, std::integer_sequence<int, Lane...>) {
   return __builtin_shufflevector(v, v, (Lane / W)...);
@@ -73,6 +77,17 @@ struct Int8 {
   static KBS_INLINE I add(I sum, const char* w, V x) { return dot4(sum, load<I>(w), (I)x); }
 };
 
+// Adds the lanes that are W apart.
+template <int W, class T, int N>
+KBS_INLINE auto folded(typename VectorOf<T, N>::type v) {
+  if constexpr (N == W) {
+    return v;
+  } else {
+    using Half = std::make_integer_sequence<int, N / 2>;
+    return folded<W, T, N / 2>(lanes_from<0>(v, Half{}) + lanes_from<N / 2>(v, Half{}));
+  }
+}
+
 template <class T, int W, int B, int U>
 struct RowSums {
   typename T::Sum sum[B][U][kParts] = {};
@@ -91,11 +106,15 @@ struct RowSums {
   // Adds everything that belongs to one output.
   template <class Lane>
   KBS_INLINE void fold(int b, Lane* out) {
-    for (int u = 1; u < U; u++)
-      for (int part = 0; part < kParts; part++) sum[b][0][part] += sum[b][u][part];
-    for (int part = 0; part < kParts; part++) store(out + part * L, sum[b][0][part]);
-    for (int half = kTile / 2; half >= W; half /= 2)
-      for (int i = 0; i < half; i++) out[i] += out[i + half];
+    typename VectorOf<Lane, L>::type total[kParts];
+    for (int part = 0; part < kParts; part++) {
+      for (int u = 1; u < U; u++) sum[b][0][part] += sum[b][u][part];
+      total[part] = (typename VectorOf<Lane, L>::type)sum[b][0][part];
+    }
+    for (int half = kParts / 2; half * L >= W && half > 0; half /= 2)
+      for (int part = 0; part < half; part++) total[part] += total[part + half];
+    constexpr int n = W < L ? W : L;
+    for (int i = 0; i < W; i += n) store(out + i, folded<n, Lane, L>(total[i / L]));
   }
 };
 
@@ -153,7 +172,7 @@ void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t
              (const char*)x, stride * 4, sums);
 #pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
-    float y[kTile];
+    float y[W];
     sums.fold(b, y);
     emit<W>(out, b, strip.col, y);
   }
@@ -167,12 +186,14 @@ void strip_rows_i8(const View& view, const Strip& strip, const uint8_t* x, size_
              (const char*)x, stride, sums);
 #pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
-    uint32_t sum[kTile];  // wraps on the way, the true sum fits: see kMaxInt8Rows
+    uint32_t sum[W];  // wraps on the way, the true sum fits: see kMaxInt8Rows
     sums.fold(b, sum);
     float y[W];
-    for (int i = 0; i < W; i++) {
-      const uint32_t zero = (uint32_t)kZeroPoint * (uint32_t)view.sums[strip.col + i];
-      y[i] = (float)(int32_t)(sum[i] - zero) * (scale[b] * view.scales[strip.col + i]);
+    constexpr int n = W < L ? W : L;
+    for (int i = 0; i < W; i += n) {
+      const auto zero = load<Words<n>>(view.sums + strip.col + i) * (uint32_t)kZeroPoint;
+      const auto total = __builtin_convertvector((Ints<n>)(load<Words<n>>(sum + i) - zero), Floats<n>);
+      store(y + i, total * (scale[b] * load<Floats<n>>(view.scales + strip.col + i)));
     }
     emit<W>(out, b, strip.col, y);
   }
@@ -234,7 +255,7 @@ void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_
   }
 #pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
-    float y[kTile];
+    float y[W];
     sums.fold(b, y);
     emit<W>(out, b, strip.col, y);
   }
@@ -498,22 +519,6 @@ KBS_INLINE V zip_quarters(V a, V b, std::integer_sequence<int, Lane...>) {
   return __builtin_shufflevector(a, b, (Lane % 2 * L + Lane / 4 * 4 + First + Lane % 4 / 2)...);
 }
 
-// The sums of W columns, each in 16 / W parts.
-template <int W>
-KBS_INLINE Floats<W> folded(V v) {
-  if constexpr (W == 16) {
-    return v;
-  } else {
-    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    if constexpr (W == 8) {
-      return half;
-    } else {
-      return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-    }
-  }
-}
-
 // y[k] holds column k of each quarter, for the four rows of a quad; n of them go to rows of y.
 template <int W>
 KBS_NOINLINE void emit_quad(V a, V b, V c, V d, int first, int n, uint32_t col, const Output& out) {
@@ -526,7 +531,7 @@ KBS_NOINLINE void emit_quad(V a, V b, V c, V d, int first, int n, uint32_t col, 
   }
   for (int b = 0; b < 4 && first + b < n; b++) {
     float flat[W];
-    store(flat, folded<W>(y[b]));
+    store(flat, folded<W, float, L>(y[b]));
     emit<W>(out, first + b, col, flat);
   }
 }
