@@ -60,6 +60,13 @@ struct Kernels {
   void (*lstm_step)(Activation f, Activation g, size_t n, size_t units, const float* a, float* c, float* h);
 };
 
+// What an instruction set does in its own way if all it adds is a dot product of bytes.
+struct Int8Kernels {
+  const char* name;
+  decltype(Kernels::matmul_rows_i8) matmul_rows_i8;
+  decltype(Kernels::quantize) quantize;
+};
+
 // Null, with the error set, if KBS_ISA asks for what this CPU cannot run.
 const Kernels* kernels();
 

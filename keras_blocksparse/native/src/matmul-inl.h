@@ -1,67 +1,13 @@
-// Products with a packed matrix. See vector-inl.h for how this file is compiled, format.h for strips, tiles and runs.
+// Products with float32 and bfloat16 weights. See vector-inl.h for how this file is compiled, format.h for strips, tiles
+// and runs.
 #ifndef KBS_MATMUL_INL_H_
 #define KBS_MATMUL_INL_H_
 
-#include "vector-inl.h"
+#include "rows-inl.h"
 
 namespace kbs {
 namespace KBS_ISA {
 namespace {
-
-template <int... Lane>
-KBS_INLINE V halves(V a, V b, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(a, b, (Lane < L / 2 ? Lane : L + Lane)...);
-}
-template <int First, int... Lane, class T>
-KBS_INLINE auto lanes_from(T v, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(v, v, (First + Lane)...);
-}
-template <int W, int... Lane>
-KBS_INLINE V repeat_each(V v, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(v, v, (Lane / W)...);
-}
-
-KBS_INLINE float unit(const char* p) {
-  float x;
-  std::memcpy(&x, p, 4);
-  return x;
-}
-
-// L / W units of 4 bytes beginning at p, each repeated in W lanes. in_low_lanes() is the instruction set's own.
-template <int W>
-KBS_INLINE V expand(const char* p) {
-  using Lanes = std::make_integer_sequence<int, L>;
-  if constexpr (W >= L) {
-    return broadcast(unit(p));
-  } else if constexpr (W * 2 == L) {
-    return halves(broadcast(unit(p)), broadcast(unit(p + 4)), Lanes{});
-  } else if constexpr (W == 1) {
-    return load(p);
-  } else {
-    return repeat_each<W>(in_low_lanes(load<Floats<L / W>>(p)), Lanes{});
-  }
-}
-
-// The same, from units at p + index[i] * size.
-template <int W, int size>
-KBS_INLINE V expand_gathered(const char* p, const int32_t* index) {
-  using Lanes = std::make_integer_sequence<int, L>;
-  const auto at = [&](int i) KBS_INLINE_LAMBDA { return unit(p + (ptrdiff_t)index[i] * size); };
-  if constexpr (W >= L) {
-    return broadcast(at(0));
-  } else if constexpr (W * 2 == L) {
-    return halves(broadcast(at(0)), broadcast(at(1)), Lanes{});
-  } else if constexpr (L / W == 4) {
-    const Floats<L / W> v = {at(0), at(1), at(2), at(3)};
-    return repeat_each<W>(in_low_lanes(v), Lanes{});
-  } else if constexpr (L / W == 8) {
-    const Floats<L / W> v = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
-    return repeat_each<W>(in_low_lanes(v), Lanes{});
-  } else {
-    return Floats<L / W>{at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7),
-                         at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)};
-  }
-}
 
 // ---- vectors over the outputs: a few rows of x ------------------------------------------------------------------
 
@@ -71,102 +17,8 @@ struct Float32 {
   static KBS_INLINE V add(V sum, const char* w, V x) { return sum + load(w) * x; }
 };
 
-struct Int8 {
-  using Sum = I;
-  static constexpr int size = 1;
-  static KBS_INLINE I add(I sum, const char* w, V x) { return dot4(sum, load<I>(w), (I)x); }
-};
-
-// Adds the lanes that are W apart.
-template <int W, class T, int N>
-KBS_INLINE auto folded(typename VectorOf<T, N>::type v) {
-  if constexpr (N == W) {
-    return v;
-  } else {
-    using Half = std::make_integer_sequence<int, N / 2>;
-    return folded<W, T, N / 2>(lanes_from<0>(v, Half{}) + lanes_from<N / 2>(v, Half{}));
-  }
-}
-
-template <class T, int W, int B, int U>
-struct RowSums {
-  typename T::Sum sum[B][U][kParts] = {};
-
-  KBS_INLINE void tile(int u, const char* w, const char* x, size_t stride) {
-    for (int b = 0; b < B; b++)
-      for (int part = 0; part < kParts; part++)
-        sum[b][u][part] = T::add(sum[b][u][part], w + part * L * 4, expand<W>(x + b * stride + part * L / W * 4));
-  }
-  KBS_INLINE void gathered_tile(int u, const char* w, const char* x, size_t stride, const int32_t* rows) {
-    for (int b = 0; b < B; b++)
-      for (int part = 0; part < kParts; part++)
-        sum[b][u][part] = T::add(sum[b][u][part], w + part * L * 4,
-                                 expand_gathered<W, T::size>(x + b * stride, rows + part * L / W));
-  }
-  // Adds everything that belongs to one output.
-  template <class Lane>
-  KBS_INLINE void fold(int b, Lane* out) {
-    typename VectorOf<Lane, L>::type total[kParts];
-    for (int part = 0; part < kParts; part++) {
-      for (int u = 1; u < U; u++) sum[b][0][part] += sum[b][u][part];
-      total[part] = (typename VectorOf<Lane, L>::type)sum[b][0][part];
-    }
-    for (int half = kParts / 2; half * L >= W && half > 0; half /= 2)
-      for (int part = 0; part < half; part++) total[part] += total[part + half];
-    constexpr int n = W < L ? W : L;
-    for (int i = 0; i < W; i += n) store(out + i, folded<n, Lane, L>(total[i / L]));
-  }
-};
-
-// Runs of R tiles, several at a time.
-template <class T, int W, int B, int U, int R>
-KBS_INLINE void short_runs(const Strip& strip, const int32_t* index, const char* w, const char* x, size_t stride,
-                           RowSums<T, W, B, U>& sums) {
-  constexpr uint32_t q = kTile / W;
-  constexpr int runs = U / R > 0 ? U / R : 1;
-  const auto run = [&](int u, const char* w, const char* at) KBS_INLINE_LAMBDA {
-    for (int t = 0; t < R; t++) sums.tile((u + t) % U, w + t * kTileBytes, at + t * q * 4, stride);
-  };
-  uint32_t i = 0;
-  for (; i + runs <= strip.runs; i += runs, w += runs * R * kTileBytes)
-    for (int u = 0; u < runs; u++) run(u * R, w + u * R * kTileBytes, x + (ptrdiff_t)index[i + u] * T::size);
-  for (; i < strip.runs; i++, w += R * kTileBytes) run(0, w, x + (ptrdiff_t)index[i] * T::size);
-}
-
-// The sums of one strip for B rows of x. U tiles are under way at once, to hide the latency of the additions.
-template <class T, int W, int B, int U>
-KBS_INLINE void strip_rows(const Strip& strip, const int32_t* index, const char* w, const char* x, size_t stride,
-                           RowSums<T, W, B, U>& sums) {
-  constexpr uint32_t q = kTile / W;
-  const uint32_t run_tiles = strip.run / q;
-  if (run_tiles == 0) {
-    uint32_t i = 0;
-    for (; i + U * q <= strip.runs; i += U * q, w += U * kTileBytes)
-      for (int u = 0; u < U; u++) sums.gathered_tile(u, w + u * kTileBytes, x, stride, index + i + u * q);
-    for (; i < strip.runs; i += q, w += kTileBytes) sums.gathered_tile(0, w, x, stride, index + i);
-  } else if (run_tiles == 1) {
-    short_runs<T, W, B, U, 1>(strip, index, w, x, stride, sums);
-  } else if (run_tiles == 2) {
-    short_runs<T, W, B, U, 2>(strip, index, w, x, stride, sums);
-  } else {
-    for (uint32_t i = 0; i < strip.runs; i++) {
-      const char* at = x + (ptrdiff_t)index[i] * T::size;
-      uint32_t t = 0;
-      for (; t + U <= run_tiles; t += U, w += U * kTileBytes, at += U * q * 4)
-        for (int u = 0; u < U; u++) sums.tile(u, w + u * kTileBytes, at + u * q * 4, stride);
-      for (; t < run_tiles; t++, w += kTileBytes, at += q * 4) sums.tile(0, w, at, stride);
-    }
-  }
-}
-
-// How many tiles to have under way for B rows: about eight sums in all.
-constexpr int in_flight(int rows) {
-  const int u = 8 / (rows * kParts);
-  return u < 1 ? 1 : u > 4 ? 4 : u;
-}
-
 template <int W, int B>
-void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
+KBS_NOINLINE void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
   RowSums<Float32, W, B, in_flight(B)> sums;
   strip_rows(strip, view.index + strip.first_run, (const char*)view.values + strip.first_tile * kTileBytes,
              (const char*)x, stride * 4, sums);
@@ -178,30 +30,9 @@ void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t
   }
 }
 
-template <int W, int B>
-void strip_rows_i8(const View& view, const Strip& strip, const uint8_t* x, size_t stride, const float* scale,
-                   const Output& out) {
-  RowSums<Int8, W, B, in_flight(B)> sums;
-  strip_rows(strip, view.index + strip.first_run, (const char*)view.values + strip.first_tile * kTileBytes,
-             (const char*)x, stride, sums);
-#pragma GCC unroll 4
-  for (int b = 0; b < B; b++) {
-    uint32_t sum[W];  // wraps on the way, the true sum fits: see kMaxInt8Rows
-    sums.fold(b, sum);
-    float y[W];
-    constexpr int n = W < L ? W : L;
-    for (int i = 0; i < W; i += n) {
-      const auto zero = load<Words<n>>(view.sums + strip.col + i) * (uint32_t)kZeroPoint;
-      const auto total = __builtin_convertvector((Ints<n>)(load<Words<n>>(sum + i) - zero), Floats<n>);
-      store(y + i, total * (scale[b] * load<Floats<n>>(view.scales + strip.col + i)));
-    }
-    emit<W>(out, b, strip.col, y);
-  }
-}
-
 // Two zipped tiles at a time; each half is a float32 whose lower bits are gone.
 template <int W, int B>
-void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
+KBS_NOINLINE void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
   constexpr uint32_t q = kTile / W;
   constexpr int kUnroll = in_flight(2 * B);
   const int32_t* index = view.index + strip.first_run;
@@ -261,105 +92,18 @@ void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_
   }
 }
 
-Output shifted(const Output& out, int rows) { return {out.y + rows * out.stride, out.stride, out.bias, out.accumulate}; }
-
-// Kernels take 4, 2 or 1 rows.
 void matmul_rows_f32(const View& view, size_t begin, size_t end, const float* x, size_t stride, int n,
                      const Output& out) {
-  for (size_t s = begin; s < end; s++) {
-    const Strip& strip = view.strips[s];
-    int b = 0;
-#define CALL4(W) strip_rows_f32<W, 4>(view, strip, x, stride, out)
-#define CALL2(W) strip_rows_f32<W, 2>(view, strip, x, stride, out)
-#define CALL1(W) strip_rows_f32<W, 1>(view, strip, x + b * stride, stride, shifted(out, b))
-    if (n == 4) {
-      KBS_FOR_WIDTH(strip.width, CALL4);
-      continue;
-    }
-    if (n >= 2) {
-      KBS_FOR_WIDTH(strip.width, CALL2);
-      b = 2;
-    }
-    if (n > b) KBS_FOR_WIDTH(strip.width, CALL1);
-#undef CALL4
-#undef CALL2
-#undef CALL1
-  }
+  each_strip<4>(view, begin, end, n, [&](auto width, auto rows, const Strip& strip, int b) KBS_INLINE_LAMBDA {
+    strip_rows_f32<width.value, rows.value>(view, strip, x + b * stride, stride, shifted(out, b));
+  });
 }
 
 void matmul_rows_bf16(const View& view, size_t begin, size_t end, const float* x, size_t stride, int n,
                       const Output& out) {
-  for (size_t s = begin; s < end; s++) {
-    const Strip& strip = view.strips[s];
-    int b = 0;
-#define CALL2(W) strip_rows_bf16<W, 2>(view, strip, x + b * stride, stride, shifted(out, b))
-#define CALL1(W) strip_rows_bf16<W, 1>(view, strip, x + b * stride, stride, shifted(out, b))
-    for (; b + 2 <= n; b += 2) KBS_FOR_WIDTH(strip.width, CALL2);
-    if (b < n) KBS_FOR_WIDTH(strip.width, CALL1);
-#undef CALL2
-#undef CALL1
-  }
-}
-
-void matmul_rows_i8(const View& view, size_t begin, size_t end, const uint8_t* x, size_t stride, const float* scale,
-                    int n, const Output& out) {
-  for (size_t s = begin; s < end; s++) {
-    const Strip& strip = view.strips[s];
-    int b = 0;
-#define CALL4(W) strip_rows_i8<W, 4>(view, strip, x, stride, scale, out)
-#define CALL2(W) strip_rows_i8<W, 2>(view, strip, x, stride, scale, out)
-#define CALL1(W) strip_rows_i8<W, 1>(view, strip, x + b * stride, stride, scale + b, shifted(out, b))
-    if (n == 4) {
-      KBS_FOR_WIDTH(strip.width, CALL4);
-      continue;
-    }
-    if (n >= 2) {
-      KBS_FOR_WIDTH(strip.width, CALL2);
-      b = 2;
-    }
-    if (n > b) KBS_FOR_WIDTH(strip.width, CALL1);
-#undef CALL4
-#undef CALL2
-#undef CALL1
-  }
-}
-
-// Symmetric: the largest magnitude becomes 127. A row with NaN or infinity has the step NaN, and so has the result.
-float quantize(const float* x, size_t n, size_t padded, uint8_t* out) {
-  V largest = {}, bad = {};
-  size_t i = 0;
-  for (; i + L <= n; i += L) {
-    const V v = load(x + i), magnitude = (V)((U)v & 0x7fffffffu);
-    largest = magnitude > largest ? magnitude : largest;
-    bad += v * 0.f;
-  }
-  float max = 0, broken = 0;
-  for (int lane = 0; lane < L; lane++) max = largest[lane] > max ? largest[lane] : max, broken += bad[lane];
-  for (; i < n; i++) {
-    const float magnitude = x[i] < 0 ? -x[i] : x[i];
-    max = magnitude > max ? magnitude : max;
-    broken += x[i] * 0.f;
-  }
-  std::memset(out + n, kZeroPoint, padded - n);
-  if (broken != 0 || max < 1e-36f) {
-    std::memset(out, kZeroPoint, n);
-    return broken != 0 ? broken : 0.f;
-  }
-  const float inverse = 127.f / max;
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
-  const float magic = 12582912.f;
-  typedef typename VectorOf<uint8_t, L>::type Bytes;
-  for (i = 0; i + L <= n; i += L) {
-    const U rounded = (U)(load(x + i) * inverse + magic) + (uint32_t)kZeroPoint;
-    store(out + i, __builtin_convertvector(rounded, Bytes));
-  }
-  for (; i < n; i++) {
-    const float sum = x[i] * inverse + magic;
-    uint32_t bits;
-    std::memcpy(&bits, &sum, 4);
-    out[i] = (uint8_t)(bits + (uint32_t)kZeroPoint);
-  }
-  return max / 127.f;
+  each_strip<2>(view, begin, end, n, [&](auto width, auto rows, const Strip& strip, int b) KBS_INLINE_LAMBDA {
+    strip_rows_bf16<width.value, rows.value>(view, strip, x + b * stride, stride, shifted(out, b));
+  });
 }
 
 // ---- vectors over the batch: panels -----------------------------------------------------------------------------
@@ -456,7 +200,7 @@ KBS_INLINE void emit_lanes(Floats<N> (&sum)[C], int n, int first, uint32_t col, 
 }
 
 template <int N, int W>
-void strip_panel(const View& view, const Strip& strip, const float* w, const float* panel, int lanes, int n,
+KBS_NOINLINE void strip_panel(const View& view, const Strip& strip, const float* w, const float* panel, int lanes, int n,
                  const Output& out) {
   constexpr int C = W < kSums ? W : kSums;
   const int32_t* index = view.index + strip.first_run;
@@ -537,7 +281,7 @@ KBS_NOINLINE void emit_quad(V a, V b, V c, V d, int first, int n, uint32_t col, 
 }
 
 template <int W, int Q>
-void strip_quads(const View& view, const Strip& strip, const float* w, const float* panel, int lanes, int first, int n,
+KBS_NOINLINE void strip_quads(const View& view, const Strip& strip, const float* w, const float* panel, int lanes, int first, int n,
                  const Output& out) {
   using Lanes = std::make_integer_sequence<int, L>;
   constexpr uint32_t q = kTile / W;
@@ -584,35 +328,31 @@ void matmul_panel(const View& view, size_t begin, size_t end, const float* panel
   for (size_t s = begin; s < end; s++) {
     const Strip& strip = view.strips[s];
     const float* w = widened(view, strip, scratch);
+    for_width(strip.width, [&](auto width) KBS_INLINE_LAMBDA {
+      constexpr int W = width.value;
 #if KBS_LANES == 16
-    if (strip.width == 16 && lanes > 8) {
-      for (int first = 0; first < n; first += 16) strip_quads<16, 4>(view, strip, w, panel, lanes, first, n, out);
-    } else if (lanes > 8) {
-#define CALL(W) strip_panel<16, W>(view, strip, w, panel, lanes, n, out)
-      KBS_FOR_NARROW(strip.width, CALL);
-#undef CALL
-    } else if (strip.width == 16) {
-      strip_quads<16, 2>(view, strip, w, panel, 8, 0, n, out);
-    } else if (strip.width == 8 && strip.run % 2 == 0) {
-      strip_quads<8, 2>(view, strip, w, panel, 8, 0, n, out);
-    } else if (strip.width == 4 && strip.run % 4 == 0) {
-      strip_quads<4, 2>(view, strip, w, panel, 8, 0, n, out);
-    } else {
-#define CALL(W) strip_panel<8, W>(view, strip, w, panel, 8, n, out)
-      KBS_FOR_NARROW(strip.width, CALL);
-#undef CALL
-    }
+      if (lanes > 8) {
+        if constexpr (W == 16) {
+          for (int first = 0; first < n; first += 16) strip_quads<W, 4>(view, strip, w, panel, lanes, first, n, out);
+        } else {
+          strip_panel<16, W>(view, strip, w, panel, lanes, n, out);
+        }
+        return;
+      }
+      if constexpr (W >= 4) {
+        if (strip.run % (kTile / W) == 0) return strip_quads<W, 2>(view, strip, w, panel, 8, 0, n, out);
+      }
+      if constexpr (W < 16) strip_panel<8, W>(view, strip, w, panel, 8, n, out);
 #else
-#define CALL(W) strip_panel<L, W>(view, strip, w, panel, lanes, n, out)
-    KBS_FOR_WIDTH(strip.width, CALL);
-#undef CALL
+      strip_panel<L, W>(view, strip, w, panel, lanes, n, out);
 #endif
+    });
   }
 }
 
 // dx += w dy, N lanes at a time, four rows under way.
 template <int N, int W>
-void strip_transposed(const View& view, const Strip& strip, const float* weights, const float* dy, int lanes,
+KBS_NOINLINE void strip_transposed(const View& view, const Strip& strip, const float* weights, const float* dy, int lanes,
                       float* dx) {
   const int32_t* index = view.index + strip.first_run;
   for (int first = 0; first < lanes; first += N) {
@@ -644,22 +384,20 @@ void matmul_panel_transposed(const View& view, size_t begin, size_t end, const f
   for (size_t s = begin; s < end; s++) {
     const Strip& strip = view.strips[s];
     const float* w = widened(view, strip, scratch);
-#define CALL(W) strip_transposed<L, W>(view, strip, w, dy, lanes, dx)
-#define CALL8(W) strip_transposed<N, W>(view, strip, w, dy, lanes, dx)
-    if (lanes % L) {
-      KBS_FOR_WIDTH(strip.width, CALL8);
-    } else {
-      KBS_FOR_WIDTH(strip.width, CALL);
-    }
-#undef CALL
-#undef CALL8
+    for_width(strip.width, [&](auto width) KBS_INLINE_LAMBDA {
+      if (lanes % L) {
+        strip_transposed<N, width.value>(view, strip, w, dy, lanes, dx);
+      } else {
+        strip_transposed<L, width.value>(view, strip, w, dy, lanes, dx);
+      }
+    });
   }
 }
 
 // ---- the gradient of the kept blocks ----------------------------------------------------------------------------
 
 template <int W>
-void strip_sampled(const View& view, const Strip& strip, const float* x, size_t x_stride, const float* dy,
+KBS_NOINLINE void strip_sampled(const View& view, const Strip& strip, const float* x, size_t x_stride, const float* dy,
                    size_t dy_stride, int n, bool accumulate, float* dvalues) {
   constexpr uint32_t q = kTile / W;
   constexpr int kTiles = 8 / kParts;
@@ -706,9 +444,9 @@ void sampled_product(const View& view, size_t begin, size_t end, const float* x,
                      size_t dy_stride, int n, bool accumulate, float* dvalues) {
   for (size_t s = begin; s < end; s++) {
     const Strip& strip = view.strips[s];
-#define CALL(W) strip_sampled<W>(view, strip, x, x_stride, dy, dy_stride, n, accumulate, dvalues)
-    KBS_FOR_WIDTH(strip.width, CALL);
-#undef CALL
+    for_width(strip.width, [&](auto width) KBS_INLINE_LAMBDA {
+      strip_sampled<width.value>(view, strip, x, x_stride, dy, dy_stride, n, accumulate, dvalues);
+    });
   }
 }
 
