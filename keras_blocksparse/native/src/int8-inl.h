@@ -19,8 +19,7 @@ template <int W, int B>
 KBS_NOINLINE void strip_rows_i8(const View& view, const Strip& strip, const uint8_t* x, size_t stride, const float* scale,
                    const Output& out) {
   RowSums<Int8, W, B, in_flight(B)> sums;
-  strip_rows(strip, view.index + strip.first_run, (const char*)view.values + strip.first_tile * kTileBytes,
-             (const char*)x, stride, sums);
+  strip_rows(view, strip, (const char*)x, stride, sums);
 #pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
     uint32_t sum[W];  // wraps on the way, the true sum fits: see kMaxInt8Rows

@@ -20,8 +20,7 @@ struct Float32 {
 template <int W, int B>
 KBS_NOINLINE void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
   RowSums<Float32, W, B, in_flight(B)> sums;
-  strip_rows(strip, view.index + strip.first_run, (const char*)view.values + strip.first_tile * kTileBytes,
-             (const char*)x, stride * 4, sums);
+  strip_rows(view, strip, (const char*)x, stride * 4, sums);
 #pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
     float y[W];
@@ -58,7 +57,7 @@ KBS_NOINLINE void strip_rows_bf16(const View& view, const Strip& strip, const fl
   if (run_tiles == 0) {
     const auto gathered = [&](int u, const char* w, const int32_t* rows) KBS_INLINE_LAMBDA {
       pair(u, w, [&](int half, int b, int part) KBS_INLINE_LAMBDA {
-        return expand_gathered<W, 4>((const char*)(x + b * stride), rows + half * q + part * L / W);
+        return expand_gathered<W, 4, false>((const char*)(x + b * stride), rows + half * q + part * L / W);
       });
     };
     for (; i < strip.runs; i += 2 * q, w += kTileBytes) gathered(0, w, index + i);
@@ -429,7 +428,7 @@ KBS_NOINLINE void strip_sampled(const View& view, const Strip& strip, const floa
         for (int part = 0; part < kParts; part++) {
           const V d = load(&wide[b][part * L]);
           for (int u = 0; u < some; u++)
-            sum[u][part] += d * expand_gathered<W, 4>((const char*)(x + b * x_stride), index + (t + u) * q + part * L / W);
+            sum[u][part] += d * expand_gathered<W, 4, false>((const char*)(x + b * x_stride), index + (t + u) * q + part * L / W);
         }
     }
     for (int u = 0; u < some; u++)

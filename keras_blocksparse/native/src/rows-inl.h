@@ -43,24 +43,36 @@ KBS_INLINE V expand(const char* p) {
   }
 }
 
-// The same, from units at p + index[i] * size.
-template <int W, int size>
+// n units at p + index[i] * size. Of those that come in pairs, each second index is not read.
+template <int n, int size, bool paired, int... Unit>
+KBS_INLINE Floats<n> gathered(const char* p, const int32_t* index, std::integer_sequence<int, Unit...>) {
+  if constexpr (paired) {
+    typedef typename VectorOf<double, n / 2>::type Pairs;
+    return (Floats<n>)Pairs{load<double>(p + (ptrdiff_t)index[2 * Unit] * size)...};
+  } else {
+    return Floats<n>{unit(p + (ptrdiff_t)index[Unit] * size)...};
+  }
+}
+
+// As expand(), from units at p + index[i] * size.
+template <int W, int size, bool paired>
 KBS_INLINE V expand_gathered(const char* p, const int32_t* index) {
   using Lanes = std::make_integer_sequence<int, L>;
-  const auto at = [&](int i) KBS_INLINE_LAMBDA { return unit(p + (ptrdiff_t)index[i] * size); };
+  const auto at = [&](int i) KBS_INLINE_LAMBDA { return p + (ptrdiff_t)index[i] * size; };
   if constexpr (W >= L) {
-    return broadcast(at(0));
+    return broadcast(unit(at(0)));
+  } else if constexpr (W * 2 == L && paired) {
+    return expand<W>(at(0));
   } else if constexpr (W * 2 == L) {
-    return halves(broadcast(at(0)), broadcast(at(1)), Lanes{});
-  } else if constexpr (L / W == 4) {
-    const Floats<L / W> v = {at(0), at(1), at(2), at(3)};
-    return repeat_each<W>(in_low_lanes(v), Lanes{});
-  } else if constexpr (L / W == 8) {
-    const Floats<L / W> v = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
-    return repeat_each<W>(in_low_lanes(v), Lanes{});
+    return halves(broadcast(unit(at(0))), broadcast(unit(at(1))), Lanes{});
   } else {
-    return Floats<L / W>{at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7),
-                         at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)};
+    constexpr int n = L / W;
+    const auto v = gathered<n, size, paired>(p, index, std::make_integer_sequence<int, paired ? n / 2 : n>{});
+    if constexpr (W == 1) {
+      return v;
+    } else {
+      return repeat_each<W>(in_low_lanes(v), Lanes{});
+    }
   }
 }
 
@@ -84,11 +96,12 @@ struct RowSums {
       for (int part = 0; part < kParts; part++)
         sum[b][u][part] = T::add(sum[b][u][part], w + part * L * 4, expand<W>(x + b * stride + part * L / W * 4));
   }
+  template <bool paired>
   KBS_INLINE void gathered_tile(int u, const char* w, const char* x, size_t stride, const int32_t* rows) {
     for (int b = 0; b < B; b++)
       for (int part = 0; part < kParts; part++)
         sum[b][u][part] = T::add(sum[b][u][part], w + part * L * 4,
-                                 expand_gathered<W, T::size>(x + b * stride, rows + part * L / W));
+                                 expand_gathered<W, T::size, paired>(x + b * stride, rows + part * L / W));
   }
   // Adds everything that belongs to one output.
   template <class Lane>
@@ -120,17 +133,34 @@ KBS_INLINE void short_runs(const Strip& strip, const int32_t* index, const char*
   for (; i < strip.runs; i++, w += R * kTileBytes) run(0, w, x + (ptrdiff_t)index[i] * T::size);
 }
 
+// Runs of one unit row, q of them in a tile.
+template <bool paired, class T, int W, int B, int U>
+KBS_INLINE void gathered_runs(const Strip& strip, const int32_t* index, const char* w, const char* x, size_t stride,
+                              RowSums<T, W, B, U>& sums) {
+  constexpr uint32_t q = kTile / W;
+  uint32_t i = 0;
+  for (; i + U * q <= strip.runs; i += U * q, w += U * kTileBytes)
+    for (int u = 0; u < U; u++)
+      sums.template gathered_tile<paired>(u, w + u * kTileBytes, x, stride, index + i + u * q);
+  for (; i < strip.runs; i += q, w += kTileBytes) sums.template gathered_tile<paired>(0, w, x, stride, index + i);
+}
+
 // The sums of one strip for B rows of x. U tiles are under way at once, to hide the latency of the additions.
 template <class T, int W, int B, int U>
-KBS_INLINE void strip_rows(const Strip& strip, const int32_t* index, const char* w, const char* x, size_t stride,
+KBS_INLINE void strip_rows(const View& view, const Strip& strip, const char* x, size_t stride,
                            RowSums<T, W, B, U>& sums) {
   constexpr uint32_t q = kTile / W;
+  const int32_t* index = view.index + strip.first_run;
+  const char* w = (const char*)view.values + strip.first_tile * kTileBytes;
   const uint32_t run_tiles = strip.run / q;
-  if (run_tiles == 0) {
-    uint32_t i = 0;
-    for (; i + U * q <= strip.runs; i += U * q, w += U * kTileBytes)
-      for (int u = 0; u < U; u++) sums.gathered_tile(u, w + u * kTileBytes, x, stride, index + i + u * q);
-    for (; i < strip.runs; i += q, w += kTileBytes) sums.gathered_tile(0, w, x, stride, index + i);
+  if (q > 1 && run_tiles == 0) {
+    // A block whose number of unit rows is even has them in pairs, one behind the other.
+    constexpr uint32_t unit_rows = 4 / T::size;
+    if (q > 2 && (view.header->block_rows + unit_rows - 1) / unit_rows % 2 == 0) {
+      gathered_runs<true>(strip, index, w, x, stride, sums);
+    } else {
+      gathered_runs<false>(strip, index, w, x, stride, sums);
+    }
   } else if (run_tiles == 1) {
     short_runs<T, W, B, U, 1>(strip, index, w, x, stride, sums);
   } else if (run_tiles == 2) {
