@@ -1,5 +1,5 @@
-// Products with int8 weights, and x in 8 bits for them. Units with a dot product of bytes of their own compile this file
-// alone. See vector-inl.h for how.
+// Products with int8 weights, and x in 8 bits for them. Instruction sets that add a dot product of bytes and nothing
+// else compile this file alone. See vector-inl.h for how.
 #ifndef KBS_INT8_INL_H_
 #define KBS_INT8_INL_H_
 
@@ -16,8 +16,8 @@ struct Int8 {
 };
 
 template <int W, int B>
-KBS_NOINLINE void strip_rows_i8(const View& view, const Strip& strip, const uint8_t* x, size_t stride, const float* scale,
-                   const Output& out) {
+KBS_NOINLINE void strip_rows_i8(const View& view, const Strip& strip, const uint8_t* x, size_t stride,
+                                const float* scale, const Output& out) {
   RowSums<Int8, W, B, in_flight(B)> sums;
   strip_rows(view, strip, (const char*)x, stride, sums);
 #pragma GCC unroll 4

@@ -1,5 +1,5 @@
-// Products with float32 and bfloat16 weights. See vector-inl.h for how this file is compiled, format.h for strips, tiles
-// and runs.
+// Products with float32 and bfloat16 weights. See vector-inl.h for how this file is compiled, format.h for strips,
+// tiles and runs.
 #ifndef KBS_MATMUL_INL_H_
 #define KBS_MATMUL_INL_H_
 
@@ -18,7 +18,8 @@ struct Float32 {
 };
 
 template <int W, int B>
-KBS_NOINLINE void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
+KBS_NOINLINE void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t stride,
+                                 const Output& out) {
   RowSums<Float32, W, B, in_flight(B)> sums;
   strip_rows(view, strip, (const char*)x, stride * 4, sums);
 #pragma GCC unroll 4
@@ -31,7 +32,8 @@ KBS_NOINLINE void strip_rows_f32(const View& view, const Strip& strip, const flo
 
 // Two zipped tiles at a time; each half is a float32 whose lower bits are gone.
 template <int W, int B>
-KBS_NOINLINE void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
+KBS_NOINLINE void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_t stride,
+                                  const Output& out) {
   constexpr uint32_t q = kTile / W;
   constexpr int kUnroll = in_flight(2 * B);
   const int32_t* index = view.index + strip.first_run;
@@ -199,8 +201,8 @@ KBS_INLINE void emit_lanes(Floats<N> (&sum)[C], int n, int first, uint32_t col, 
 }
 
 template <int N, int W>
-KBS_NOINLINE void strip_panel(const View& view, const Strip& strip, const float* w, const float* panel, int lanes, int n,
-                 const Output& out) {
+KBS_NOINLINE void strip_panel(const View& view, const Strip& strip, const float* w, const float* panel, int lanes,
+                              int n, const Output& out) {
   constexpr int C = W < kSums ? W : kSums;
   const int32_t* index = view.index + strip.first_run;
   for (int c0 = 0; c0 < W; c0 += C) {
@@ -262,7 +264,8 @@ KBS_INLINE V zip_quarters(V a, V b, std::integer_sequence<int, Lane...>) {
   return __builtin_shufflevector(a, b, (Lane % 2 * L + Lane / 4 * 4 + First + Lane % 4 / 2)...);
 }
 
-// y[k] holds column k of each quarter, for the four rows of a quad; n of them go to rows of y.
+// Column k of each quarter for the four rows of a quad, in a to d, goes to rows of y. Not inlined, and its caller
+// unrolls: what is indexed with a variable would have to be in memory, and was cleared there before every strip.
 template <int W>
 KBS_NOINLINE void emit_quad(V a, V b, V c, V d, int first, int n, uint32_t col, const Output& out) {
   using Lanes = std::make_integer_sequence<int, L>;
@@ -280,8 +283,8 @@ KBS_NOINLINE void emit_quad(V a, V b, V c, V d, int first, int n, uint32_t col, 
 }
 
 template <int W, int Q>
-KBS_NOINLINE void strip_quads(const View& view, const Strip& strip, const float* w, const float* panel, int lanes, int first, int n,
-                 const Output& out) {
+KBS_NOINLINE void strip_quads(const View& view, const Strip& strip, const float* w, const float* panel, int lanes,
+                              int first, int n, const Output& out) {
   using Lanes = std::make_integer_sequence<int, L>;
   constexpr uint32_t q = kTile / W;
   constexpr int U = 4 / Q;
@@ -319,7 +322,6 @@ KBS_NOINLINE void strip_quads(const View& view, const Strip& strip, const float*
     emit_quad<W>(sum[0][i][0], sum[0][i][1], sum[0][i][2], sum[0][i][3], first + 4 * i, n, strip.col, out);
   }
 }
-
 #endif
 
 void matmul_panel(const View& view, size_t begin, size_t end, const float* panel, int lanes, int n, float* scratch,
@@ -351,8 +353,8 @@ void matmul_panel(const View& view, size_t begin, size_t end, const float* panel
 
 // dx += w dy, N lanes at a time, four rows under way.
 template <int N, int W>
-KBS_NOINLINE void strip_transposed(const View& view, const Strip& strip, const float* weights, const float* dy, int lanes,
-                      float* dx) {
+KBS_NOINLINE void strip_transposed(const View& view, const Strip& strip, const float* weights, const float* dy,
+                                   int lanes, float* dx) {
   const int32_t* index = view.index + strip.first_run;
   for (int first = 0; first < lanes; first += N) {
     Floats<N> d[W];
@@ -397,7 +399,7 @@ void matmul_panel_transposed(const View& view, size_t begin, size_t end, const f
 
 template <int W>
 KBS_NOINLINE void strip_sampled(const View& view, const Strip& strip, const float* x, size_t x_stride, const float* dy,
-                   size_t dy_stride, int n, bool accumulate, float* dvalues) {
+                                size_t dy_stride, int n, bool accumulate, float* dvalues) {
   constexpr uint32_t q = kTile / W;
   constexpr int kTiles = 8 / kParts;
   const int32_t* index = view.index + strip.first_run;

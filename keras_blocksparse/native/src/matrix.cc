@@ -190,8 +190,8 @@ void sampled_product(const Kernels& k, const View& view, const float* x, size_t 
       std::memset(padded + b * stride + h.rows, 0, (stride - h.rows) * sizeof(float));
     }
     share_out(threads, parts, [&](int64_t part, int) {
-      k.sampled_product(view, split_strips(view, (int)part, parts), split_strips(view, (int)part + 1, parts), padded, stride,
-                        dy + first * dy_stride, dy_stride, n, accumulate || first > 0, dvalues);
+      const size_t begin = split_strips(view, (int)part, parts), end = split_strips(view, (int)part + 1, parts);
+      k.sampled_product(view, begin, end, padded, stride, dy + first * dy_stride, dy_stride, n, accumulate || first > 0, dvalues);
     });
   }
 }

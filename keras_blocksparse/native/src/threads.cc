@@ -111,8 +111,8 @@ double now_us() {
 // Never destroyed: threads may still look at it while the process ends.
 class Pool {
  public:
-  // `all`: every helper takes part, because they meet at a barrier. If not, those that have not begun when the caller is
-  // done do not take part.
+  // `all`: every helper takes part, because they meet at a barrier. If not, those that have not begun when the caller
+  // is done do not take part.
   bool run(int n, void (*work)(void*, int), void* argument, bool all) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
     const double begin = now_us();

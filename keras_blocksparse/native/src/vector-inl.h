@@ -17,6 +17,7 @@
 #include "kernels.h"
 
 #define KBS_INLINE inline __attribute__((always_inline))
+// A strip's kernel is a function of its own: inlined beside others it was up to 15 % slower.
 #define KBS_NOINLINE __attribute__((noinline))
 #define KBS_INLINE_LAMBDA __attribute__((always_inline))
 
