@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from keras_blocksparse.blocks import BlockGrid, BlockSize
 from keras_blocksparse.sparse import _native
+from keras_blocksparse.sparse.structure import BlockStructure, aligned_bytes, pack
 
 
 class BlockSparseMatrix:
@@ -37,16 +39,15 @@ class BlockSparseMatrix:
             np.frombuffer(packed, np.uint8) if not isinstance(packed, np.ndarray) else packed.reshape(-1).view(np.uint8)
         )
         if data.ctypes.data % 64:
-            aligned = _aligned_bytes(data.size)
+            aligned = aligned_bytes(data.size)
             aligned[:] = data
             data = aligned
         self._packed = data
         self._info = _native.Info()
         _native.call("kbs_inspect", data.ctypes.data, data.size, ctypes.byref(self._info))
-        handle = ctypes.c_void_p()
-        _native.call("kbs_matrix_create", data.ctypes.data, data.size, 0, ctypes.byref(handle))
-        self._handle = handle
-        self._destroy = _native.library().kbs_matrix_destroy
+        self._owner = _Handle(data)
+        self._handle = self._owner.pointer
+        self._transposed = False
 
     @classmethod
     def from_dense(
@@ -70,33 +71,63 @@ class BlockSparseMatrix:
         Raises:
             ValueError: the shapes do not fit each other, or `dtype` is unknown.
         """
-        if dtype not in _native.DTYPES:
-            raise ValueError(f"`dtype` must be one of {tuple(_native.DTYPES)}. Received: dtype={dtype!r}")
         w = np.ascontiguousarray(w, np.float32)
         if w.ndim != 2:
             raise ValueError(f"`w` must be a matrix. Received: shape={w.shape}")
-        grid = BlockGrid(w.shape, block_size, gates)
-        if keep is not None:
-            keep = np.ascontiguousarray(keep, np.uint8)
-            if keep.shape != grid.grid_shape:
-                raise ValueError(f"`keep` must have the grid's shape {grid.grid_shape}. Received: shape={keep.shape}")
-        arguments = (
-            _floats(w),
-            *w.shape,
-            gates,
-            *grid.block_size,
-            _native.DTYPES[dtype],
-            None if keep is None else keep.ctypes.data_as(_native.BytePointer),
-        )
-        size = ctypes.c_int64()
-        _native.call("kbs_packed_bytes", *arguments, ctypes.byref(size))
-        packed = _aligned_bytes(size.value)
-        _native.call("kbs_pack", *arguments, packed.ctypes.data, packed.size)
+        if keep is None:
+            keep = BlockGrid(w.shape, block_size, gates).nonzero_blocks(w)
+        return cls(pack(BlockStructure(w.shape, block_size, gates, dtype, keep), w))
+
+    @classmethod
+    def from_values(cls, structure: BlockStructure, values: Any) -> BlockSparseMatrix:
+        """Puts values, flat as `values` gives them, into a structure.
+
+        Raises:
+            ValueError: there are more or fewer than the structure holds.
+        """
+        values = np.ascontiguousarray(values, structure.values_dtype)
+        if values.shape != structure.values_shape:
+            raise ValueError(f"`values` must have shape {structure.values_shape}. Received: shape={values.shape}")
+        packed = pack(structure, None)
+        packed[len(structure.packed) :] = values.view(np.uint8)
         return cls(packed)
+
+    @property
+    def structure(self) -> BlockStructure:
+        """Which blocks are kept, without the values."""
+        self._refuse_transposed("structure")
+        if self._owner.structure is None:
+            grid = BlockGrid(self.shape, self.block_size, self.gates)
+            keep = np.empty(grid.grid_shape, np.uint8)
+            pointer = keep.ctypes.data_as(_native.BytePointer)
+            _native.call("kbs_kept_blocks", self._packed.ctypes.data, self._packed.size, pointer)
+            self._owner.structure = BlockStructure(
+                self.shape, self.block_size, self.gates, self.dtype, keep.astype(bool)
+            )
+        return self._owner.structure
+
+    @property
+    def transposed(self) -> bool:
+        """Whether this is the `T` of a matrix that was packed."""
+        return self._transposed
+
+    @property
+    def T(self) -> BlockSparseMatrix:
+        """The transposed matrix: the same memory, read the other way. Not for int8."""
+        if self.dtype == "int8":
+            raise ValueError("int8 matrices have no transposed product. Use float32 or bfloat16")
+        other = copy.copy(self)
+        other._transposed = not self._transposed
+        return other
+
+    def _refuse_transposed(self, what: str) -> None:
+        if self._transposed:
+            raise ValueError(f"A transposed matrix has no `{what}` of its own. Use that of the matrix, `W.T.{what}`")
 
     @property
     def packed(self) -> np.ndarray:
         """The whole matrix as bytes, uint8: what to save. Read-only."""
+        self._refuse_transposed("packed")
         view = self._packed.view()
         view.flags.writeable = False
         return view
@@ -104,17 +135,19 @@ class BlockSparseMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows (inputs) and columns (outputs, of all gates)."""
-        return int(self._info.rows), int(self._info.cols)
+        shape = int(self._info.rows), int(self._info.cols)
+        return shape[::-1] if self._transposed else shape
 
     @property
     def gates(self) -> int:
-        """Equal parts beside each other in the columns."""
+        """Equal parts beside each other in the columns; of a transposed matrix, in the rows."""
         return int(self._info.gates)
 
     @property
     def block_size(self) -> BlockSize:
         """Rows and columns of a block."""
-        return int(self._info.block_rows), int(self._info.block_cols)
+        size = int(self._info.block_rows), int(self._info.block_cols)
+        return size[::-1] if self._transposed else size
 
     @property
     def dtype(self) -> str:
@@ -139,15 +172,18 @@ class BlockSparseMatrix:
 
     @property
     def values(self) -> np.ndarray:
-        """The packed values of a float32 matrix, flat: a view. `positions` tells what belongs where."""
-        if self.dtype != "float32":
-            raise ValueError(f"Only float32 matrices show their values. Received: dtype={self.dtype!r}")
+        """What fills the structure, flat: a view.
+
+        float32: the weights; `positions` tells which belongs where. Else uint8, which only the native library reads.
+        """
         start = int(self._info.values_offset)
-        return self._packed[start : start + int(self._info.values_bytes)].view(np.float32)
+        values = self._packed[start : start + int(self._info.values_bytes)]
+        return values.view(np.float32) if self.dtype == "float32" else values
 
     @property
     def positions(self) -> np.ndarray:
-        """Where each of `values` belongs in the flat dense matrix, int64; -1 for padding."""
+        """Where each of `values` belongs in the flat dense matrix, int64; -1 for padding. float32 only."""
+        self._refuse_transposed("positions")
         out = np.empty(int(self._info.values_bytes) // 4, np.int64)
         pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
         _native.call("kbs_positions", self._packed.ctypes.data, self._packed.size, pointer)
@@ -155,9 +191,9 @@ class BlockSparseMatrix:
 
     def to_dense(self) -> np.ndarray:
         """The matrix with its zeros, float32."""
-        w = np.empty(self.shape, np.float32)
+        w = np.empty((int(self._info.rows), int(self._info.cols)), np.float32)
         _native.call("kbs_unpack", self._packed.ctypes.data, self._packed.size, _floats(w))
-        return w
+        return np.ascontiguousarray(w.T) if self._transposed else w
 
     def matmul(self, x: Any, bias: np.ndarray | None = None) -> np.ndarray:
         """`x W + bias` for `x` of shape `(..., rows)`, float32.
@@ -173,9 +209,11 @@ class BlockSparseMatrix:
             if bias.shape != (cols,):
                 raise ValueError(f"`bias` must have shape ({cols},). Received: shape={bias.shape}")
         y = np.empty((*x.shape[:-1], cols), np.float32)
-        _native.call(
-            "kbs_matmul", self._handle, None, _floats(x), rows, x.size // rows, _floats(bias), 0, _floats(y), cols
-        )
+        floats, batch = (_floats(x), rows, x.size // rows), (_floats(y), cols)
+        if self._transposed:
+            _native.call("kbs_matmul_transposed", self._handle, None, *floats, *batch)
+            return y if bias is None else y + bias
+        _native.call("kbs_matmul", self._handle, None, *floats, _floats(bias), 0, *batch)
         return y
 
     def __repr__(self) -> str:
@@ -183,17 +221,22 @@ class BlockSparseMatrix:
         height, width = self.block_size
         return f"<BlockSparseMatrix {rows} x {cols}, blocks {height}x{width}, {self.density:.1%} dense, {self.dtype}>"
 
+
+class _Handle:
+    """A prepared matrix of the native library, which reads `packed` as long as it lives."""
+
+    def __init__(self, packed: np.ndarray) -> None:
+        self.pointer = ctypes.c_void_p()
+        _native.call("kbs_matrix_create", packed.ctypes.data, packed.size, 0, ctypes.byref(self.pointer))
+        self.structure: BlockStructure | None = None  # for all views, once one has asked
+        self._packed = packed
+        self._destroy = _native.library().kbs_matrix_destroy
+
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._destroy(self._handle)
+        """Frees it."""
+        if hasattr(self, "_destroy"):
+            self._destroy(self.pointer)
 
 
 def _floats(array: np.ndarray | None) -> Any:
     return None if array is None else array.ctypes.data_as(_native.FloatPointer)
-
-
-def _aligned_bytes(size: int) -> np.ndarray:
-    """Zeroed bytes that begin at a cache line."""
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size]

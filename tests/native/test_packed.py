@@ -1,6 +1,7 @@
 """Packed buffers that were cut, changed or made up: an error each time, and never a wild read."""
 
 import contextlib
+import ctypes
 import struct
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_blocksparse.sparse import BlockSparseMatrix
+from keras_blocksparse.blocks import BlockGrid
+from keras_blocksparse.sparse import BlockSparseMatrix, _native
 from tests.native.reference import matmul_transposed, pruned, sampled_product
 
 HEADER = 144
@@ -76,6 +78,49 @@ def test_every_truncation_is_noticed(dtype):
     for length in [*range(0, len(data), 61), len(data) - 1]:
         with pytest.raises(ValueError, match="packed"):
             BlockSparseMatrix(bytes(data[:length]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_structure_computes_with_the_values_it_is_given(dtype):
+    whole = BlockSparseMatrix(packed(dtype))
+    rows, cols = whole.shape
+    start = whole._info.values_offset
+    handle = ctypes.c_void_p()
+    structure, flags = whole.packed[:start], _native.STRUCTURE | _native.COPY
+    _native.call("kbs_matrix_create", structure.ctypes.data, start, flags, ctypes.byref(handle))
+    x, y = np.ones((2, rows), np.float32), np.empty((2, cols), np.float32)
+    floats = [a.ctypes.data_as(_native.FloatPointer) for a in (x, y)]
+
+    def multiply(values):
+        _native.call("kbs_matmul", handle, values, floats[0], rows, 2, None, 0, floats[1], cols)
+
+    try:
+        with pytest.raises(ValueError, match="structure without values"):
+            multiply(None)
+        multiply(whole.packed[start:].ctypes.data)
+    finally:
+        _native.library().kbs_matrix_destroy(handle)
+    np.testing.assert_array_equal(y, whole.matmul(x))
+    with pytest.raises(ValueError, match="truncated"):
+        _native.call(
+            "kbs_matrix_create",
+            structure.ctypes.data,
+            start - 1,
+            _native.STRUCTURE | _native.COPY,
+            ctypes.byref(handle),
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_structure_depends_on_the_kept_blocks_only(dtype):
+    whole = BlockSparseMatrix(packed(dtype))
+    keep = BlockGrid(whole.shape, whole.block_size, whole.gates).nonzero_blocks(whole.to_dense())
+    np.testing.assert_array_equal(whole.structure.keep, keep)
+    other = BlockSparseMatrix.from_dense(
+        np.full(whole.shape, 3), whole.block_size, gates=whole.gates, dtype=dtype, keep=keep
+    )
+    start = whole._info.values_offset
+    assert bytes(other.packed[:start]) == bytes(whole.packed[:start])
 
 
 def test_more_than_the_buffer_is_fine():

@@ -23,7 +23,7 @@ extern "C" {
 #define KBS_API __attribute__((visibility("default")))
 
 /* Raised when a signature or a struct below changes in a way that old callers would not survive. */
-#define KBS_ABI_VERSION 1
+#define KBS_ABI_VERSION 2
 
 typedef enum {
   KBS_OK = 0,
@@ -72,12 +72,13 @@ typedef struct {
   int64_t blocks;        /* kept */
   int64_t elements;      /* in kept blocks, those that really exist (ragged edges) */
   int64_t bytes;         /* of the whole buffer */
-  int64_t values_offset; /* where the values begin, in bytes from the buffer's start */
-  int64_t values_bytes;  /* a multiple of 64. float32: may be trained in place, padding must stay zero */
+  int64_t values_offset; /* what lies before depends on shape and kept blocks only: the *structure* */
+  int64_t values_bytes;  /* all that depends on the weights (int8: with its scales); a multiple of 64. float32 values
+                            may be trained, their padding must stay zero */
 } kbs_info;
 
 /* What kbs_pack will write. `keep`, if not NULL, says for each block of (gates, block rows, block columns) whether to
- * keep it; otherwise blocks that hold a non-zero are kept. */
+ * keep it; otherwise blocks that hold a non-zero are kept. With `keep`, `w` may be NULL: all values are zero. */
 KBS_API kbs_status kbs_packed_bytes(const float* w, int64_t rows, int64_t cols, int64_t gates, int64_t block_rows,
                                     int64_t block_cols, int32_t dtype, const uint8_t* keep, int64_t* bytes);
 /* Packs row-major `w` (rows, cols) into `out`, which must hold what kbs_packed_bytes said. int8: symmetric, one scale
@@ -90,6 +91,8 @@ KBS_API kbs_status kbs_validate(const void* packed, int64_t bytes);
 KBS_API kbs_status kbs_inspect(const void* packed, int64_t bytes, kbs_info* info);
 /* Validates, then writes the dense matrix. */
 KBS_API kbs_status kbs_unpack(const void* packed, int64_t bytes, float* w);
+/* Validates, then writes 1 for each kept block and 0 for the others: (gates, block rows, block columns). */
+KBS_API kbs_status kbs_kept_blocks(const void* packed, int64_t bytes, uint8_t* keep);
 /* Validates, then writes where each float32 value belongs: values_bytes / 4 positions in the flat dense matrix, -1 for
  * padding. For gathering trained weights and checking gradients. */
 KBS_API kbs_status kbs_positions(const void* packed, int64_t bytes, int64_t* positions);
@@ -98,12 +101,18 @@ KBS_API kbs_status kbs_positions(const void* packed, int64_t bytes, int64_t* pos
 
 typedef struct kbs_matrix kbs_matrix;
 
-/* Validates. With copy = 0 the handle keeps using `packed`, which must outlive it and not change (values may). */
-KBS_API kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t copy, kbs_matrix** out);
+enum {
+  KBS_COPY = 1,     /* without it the handle keeps using `packed`, which must outlive it and not change (values may) */
+  KBS_STRUCTURE = 2 /* `packed` ends at values_offset: whatever computes must be given `values` */
+};
+
+/* Validates. `flags` is a sum of the above. */
+KBS_API kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, kbs_matrix** out);
 KBS_API void kbs_matrix_destroy(kbs_matrix* matrix);
+KBS_API kbs_status kbs_matrix_info(const kbs_matrix* matrix, kbs_info* info);
 
 /* y (batch, cols) = x (batch, rows) W + bias, or y += ... if accumulate. Row strides in elements. `bias` may be NULL.
- * `values`, if not NULL, stands in for the packed values (values_bytes of them): weights in training.
+ * `values`, if not NULL, stands in for the packed values (values_bytes of them, aligned to 4): weights in training.
  * float32 and bfloat16 weights compute in float32; int8 quantizes each row of x to 8 bits and adds in int32.
  * y must not overlap x. */
 KBS_API kbs_status kbs_matmul(const kbs_matrix* matrix, const void* values, const float* x, int64_t x_stride,
@@ -151,6 +160,8 @@ typedef struct {
   float* y;                     /* (batch, steps, units), or (batch, units) without return_sequences */
   float* final_h;               /* NULL, or (batch, units) */
   float* final_c;               /* NULL, or (batch, units), LSTM */
+  void* reserve;                /* NULL, or kbs_rnn_reserve_bytes of memory aligned to 4: what kbs_rnn_backward needs of
+                                   this run */
 } kbs_rnn_call;
 
 typedef struct kbs_rnn kbs_rnn;
@@ -158,6 +169,26 @@ typedef struct kbs_rnn kbs_rnn;
 KBS_API kbs_status kbs_rnn_create(const kbs_rnn_config* config, kbs_rnn** out);
 KBS_API void kbs_rnn_destroy(kbs_rnn* rnn);
 KBS_API kbs_status kbs_rnn_run(const kbs_rnn* rnn, const kbs_rnn_call* call);
+
+/* ---- their gradients: float32 matrices only -------------------------------------------------------------------- */
+
+KBS_API kbs_status kbs_rnn_reserve_bytes(const kbs_rnn* rnn, int64_t batch, int64_t steps, int64_t* bytes);
+
+typedef struct {
+  const float* dy;         /* like kbs_rnn_call.y; NULL for zeros */
+  const float* dfinal_h;   /* NULL for zeros, or (batch, units) */
+  const float* dfinal_c;   /* LSTM */
+  float* dx;               /* (batch, steps, inputs); each result may be NULL: not wanted */
+  float* dinitial_h;       /* (batch, units) */
+  float* dinitial_c;       /* LSTM */
+  float* dkernel_values;   /* in the order of the packed values, zero in the padding */
+  float* drecurrent_values;
+  float* dbias;            /* in the shape of the bias that the call had; NULL if there was none */
+} kbs_rnn_gradients;
+
+/* Gradients of the run that `call` describes. call->reserve is what that run wrote, and is left as it is; NULL runs it
+ * again. The call's outputs are not used. */
+KBS_API kbs_status kbs_rnn_backward(const kbs_rnn* rnn, const kbs_rnn_call* call, const kbs_rnn_gradients* gradients);
 
 #ifdef __cplusplus
 }

@@ -13,14 +13,7 @@ kbs_matrix::~kbs_matrix() { std::free(owned); }
 namespace kbs {
 namespace {
 
-size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Rows of x that one panel takes; fewer are padded.
-int panel_lanes(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
-
 bool by_rows(const Header& h, int64_t rows) { return h.dtype == KBS_INT8 || rows <= kMaxRows; }
-
-size_t row_stride(const Header& h) { return round_up(h.padded_rows + kSlack, 64); }
 
 size_t scratch_bytes(const Header& h) {
   // The longest strip: every row, twice as long at most where runs are filled up to tiles.
@@ -29,11 +22,9 @@ size_t scratch_bytes(const Header& h) {
 
 }  // namespace
 
-View with_values(const View& view, const void* values) {
-  View out = view;
-  if (values) out.values = values;
-  return out;
-}
+int panel_lanes(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
+
+size_t row_stride(const Header& h) { return round_up(h.padded_rows + kSlack, 64); }
 
 size_t operand_bytes(const View& view, int64_t rows) {
   const Header& h = *view.header;
@@ -84,14 +75,19 @@ void multiply(const Kernels& k, const View& view, const Operand& x, size_t begin
   }
 }
 
-size_t split_strips(const View& view, int index, int parts) {
-  const Header& h = *view.header;
-  if (index <= 0) return 0;
-  if (index >= parts) return h.strips;
-  const uint64_t tiles = h.tiles / parts * index + h.tiles % parts * index / parts;
-  const Strip* at = std::lower_bound(view.strips, view.strips + h.strips, tiles,
+size_t split_strips(const View& view, size_t begin, size_t end, int index, int parts) {
+  if (index <= 0) return begin;
+  if (index >= parts) return end;
+  const auto first_tile = [&](size_t s) { return s < view.header->strips ? view.strips[s].first_tile : view.header->tiles; };
+  const uint64_t before = first_tile(begin), tiles = first_tile(end) - before;
+  const Strip* at = std::lower_bound(view.strips + begin, view.strips + end,
+                                     before + tiles / parts * index + tiles % parts * index / parts,
                                      [](const Strip& strip, uint64_t t) { return strip.first_tile < t; });
   return (size_t)(at - view.strips);
+}
+
+size_t split_strips(const View& view, int index, int parts) {
+  return split_strips(view, 0, view.header->strips, index, parts);
 }
 
 double estimated_us(const View& view, int64_t rows) {
@@ -102,9 +98,8 @@ double estimated_us(const View& view, int64_t rows) {
 
 namespace {
 
-kbs_status check_matmul(const kbs_matrix* matrix, const float* x, int64_t x_stride, int64_t x_cols, const float* y,
-                        int64_t y_stride, int64_t y_cols, int64_t batch) {
-  if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
+kbs_status check_matmul(const float* x, int64_t x_stride, int64_t x_cols, const float* y, int64_t y_stride,
+                        int64_t y_cols, int64_t batch) {
   if (batch < 0) return fail(KBS_INVALID_ARGUMENT, "a batch of %lld rows", (long long)batch);
   if (batch > 0 && (!x || !y)) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
   if (batch > 1 && (x_stride < x_cols || y_stride < y_cols))
@@ -150,6 +145,8 @@ void matmul(const Kernels& k, const View& view, const float* x, size_t x_stride,
   });
 }
 
+}  // namespace
+
 void matmul_transposed(const Kernels& k, const View& view, const float* dy, size_t dy_stride, int64_t batch, float* dx,
                        size_t dx_stride) {
   const Header& h = *view.header;
@@ -175,8 +172,8 @@ void matmul_transposed(const Kernels& k, const View& view, const float* dy, size
   });
 }
 
-void sampled_product(const Kernels& k, const View& view, const float* x, size_t x_stride, const float* dy,
-                     size_t dy_stride, int64_t batch, bool accumulate, float* dvalues) {
+void sampled_product(const Kernels& k, const View& view, size_t begin, size_t end, const float* x, size_t x_stride,
+                     const float* dy, size_t dy_stride, int64_t batch, bool accumulate, float* dvalues) {
   constexpr int64_t kRows = 64;  // as many as the kernel takes
   const Header& h = *view.header;
   const int threads = threads_for(view, batch), parts = strip_parts(threads, 1);
@@ -190,19 +187,21 @@ void sampled_product(const Kernels& k, const View& view, const float* x, size_t 
       std::memset(padded + b * stride + h.rows, 0, (stride - h.rows) * sizeof(float));
     }
     share_out(threads, parts, [&](int64_t part, int) {
-      const size_t begin = split_strips(view, (int)part, parts), end = split_strips(view, (int)part + 1, parts);
-      k.sampled_product(view, begin, end, padded, stride, dy + first * dy_stride, dy_stride, n, accumulate || first > 0, dvalues);
+      k.sampled_product(view, split_strips(view, begin, end, (int)part, parts),
+                        split_strips(view, begin, end, (int)part + 1, parts), padded, stride, dy + first * dy_stride,
+                        dy_stride, n, accumulate || first > 0, dvalues);
     });
   }
 }
 
-}  // namespace
+kbs_status no_values() { return fail(KBS_INVALID_ARGUMENT, "the matrix is a structure without values, and none were given"); }
+
 }  // namespace kbs
 
 using kbs::fail;
 using kbs::guarded;
 
-kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t copy, kbs_matrix** out) {
+kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, kbs_matrix** out) {
   return guarded([&]() -> kbs_status {
     if (!out) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     *out = nullptr;
@@ -211,14 +210,14 @@ kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t copy, kb
       kbs_matrix* matrix = new kbs_matrix;
       ~Owner() { delete matrix; }
     } owner;
-    if (copy) {
+    if (flags & KBS_COPY) {
       const size_t rounded = ((size_t)bytes + 63) / 64 * 64;
       owner.matrix->owned = (char*)std::aligned_alloc(64, rounded);
       if (!owner.matrix->owned) return fail(KBS_OUT_OF_MEMORY, "no memory for a matrix of %lld bytes", (long long)bytes);
       std::memcpy(owner.matrix->owned, packed, (size_t)bytes);
       packed = owner.matrix->owned;
     }
-    if (kbs_status status = kbs::open_packed(packed, bytes, &owner.matrix->view)) return status;
+    if (kbs_status status = kbs::open_packed(packed, bytes, flags & KBS_STRUCTURE, &owner.matrix->view)) return status;
     *out = owner.matrix;
     owner.matrix = nullptr;
     return KBS_OK;
@@ -227,16 +226,23 @@ kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t copy, kb
 
 void kbs_matrix_destroy(kbs_matrix* matrix) { delete matrix; }
 
+kbs_status kbs_matrix_info(const kbs_matrix* matrix, kbs_info* info) {
+  if (!matrix || !info) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+  *info = kbs::describe(*matrix->view.header);
+  return KBS_OK;
+}
+
 kbs_status kbs_matmul(const kbs_matrix* matrix, const void* values, const float* x, int64_t x_stride, int64_t batch,
                       const float* bias, int32_t accumulate, float* y, int64_t y_stride) {
   return guarded([&]() -> kbs_status {
     if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
     const kbs::Header& h = *matrix->view.header;
-    if (kbs_status status = kbs::check_matmul(matrix, x, x_stride, h.rows, y, y_stride, h.cols, batch)) return status;
+    if (kbs_status status = kbs::check_matmul(x, x_stride, h.rows, y, y_stride, h.cols, batch)) return status;
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
-    if (batch > 0)
-      kbs::matmul(*k, with_values(matrix->view, values), x, (size_t)x_stride, batch, bias, accumulate != 0, y, (size_t)y_stride);
+    const kbs::View view = kbs::with_values(matrix->view, values);
+    if (!view.values) return kbs::no_values();
+    if (batch > 0) kbs::matmul(*k, view, x, (size_t)x_stride, batch, bias, accumulate != 0, y, (size_t)y_stride);
     return KBS_OK;
   });
 }
@@ -246,12 +252,13 @@ kbs_status kbs_matmul_transposed(const kbs_matrix* matrix, const void* values, c
   return guarded([&]() -> kbs_status {
     if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
     const kbs::Header& h = *matrix->view.header;
-    if (kbs_status status = kbs::check_matmul(matrix, dy, dy_stride, h.cols, dx, dx_stride, h.rows, batch)) return status;
+    if (kbs_status status = kbs::check_matmul(dy, dy_stride, h.cols, dx, dx_stride, h.rows, batch)) return status;
     if (h.dtype == KBS_INT8) return fail(KBS_UNSUPPORTED, "int8 matrices have no transposed product");
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
-    if (batch > 0)
-      kbs::matmul_transposed(*k, with_values(matrix->view, values), dy, (size_t)dy_stride, batch, dx, (size_t)dx_stride);
+    const kbs::View view = kbs::with_values(matrix->view, values);
+    if (!view.values) return kbs::no_values();
+    if (batch > 0) kbs::matmul_transposed(*k, view, dy, (size_t)dy_stride, batch, dx, (size_t)dx_stride);
     return KBS_OK;
   });
 }
@@ -261,12 +268,13 @@ kbs_status kbs_sampled_product(const kbs_matrix* matrix, const float* x, int64_t
   return guarded([&]() -> kbs_status {
     if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
     const kbs::Header& h = *matrix->view.header;
-    if (kbs_status status = kbs::check_matmul(matrix, x, x_stride, h.rows, dy, dy_stride, h.cols, batch)) return status;
+    if (kbs_status status = kbs::check_matmul(x, x_stride, h.rows, dy, dy_stride, h.cols, batch)) return status;
     if (!dvalues) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     if (h.dtype != KBS_FLOAT32) return fail(KBS_UNSUPPORTED, "gradients are those of float32 values");
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
-    kbs::sampled_product(*k, matrix->view, x, (size_t)x_stride, dy, (size_t)dy_stride, batch, accumulate != 0, dvalues);
+    kbs::sampled_product(*k, matrix->view, 0, h.strips, x, (size_t)x_stride, dy, (size_t)dy_stride, batch,
+                         accumulate != 0, dvalues);
     return KBS_OK;
   });
 }

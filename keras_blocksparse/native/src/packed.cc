@@ -220,6 +220,9 @@ kbs_status pack(const float* w, const Shape& s, const uint8_t* keep, char* out, 
 
   std::memcpy(out + h.strips_offset, plan.strips.data(), h.strips * sizeof(Strip));
   if (h.runs) std::memcpy(out + h.index_offset, index.data(), h.runs * sizeof(int32_t));
+  h.checksum = checksum(h, plan.strips.data(), index.data());
+  std::memcpy(out, &h, sizeof(h));
+  if (!w) return KBS_OK;
   char* values = out + h.values_offset;
   const View view{&h, plan.strips.data(), index.data(), nullptr, nullptr, values};
   if (h.dtype == KBS_FLOAT32) {
@@ -250,8 +253,6 @@ kbs_status pack(const float* w, const Shape& s, const uint8_t* keep, char* out, 
     std::memcpy(out + h.scales_offset, scales.data(), h.cols * sizeof(float));
     std::memcpy(out + h.sums_offset, sums.data(), h.cols * sizeof(int32_t));
   }
-  h.checksum = checksum(h, plan.strips.data(), index.data());
-  std::memcpy(out, &h, sizeof(h));
   return KBS_OK;
 }
 
@@ -259,9 +260,25 @@ kbs_status corrupt(const char* what) { return fail(KBS_CORRUPT, "not a usable pa
 
 }  // namespace
 
-size_t values_bytes(const Header& header) { return header.tiles * kTileBytes; }
+size_t values_bytes(const Header& header) { return header.bytes - header.scales_offset; }
 
-kbs_status open_packed(const void* packed, int64_t bytes, View* view) {
+kbs_info describe(const Header& h) {
+  return {(int32_t)h.dtype,    h.rows, h.cols, h.gates, h.block_rows, h.block_cols, (int64_t)h.blocks,
+          (int64_t)h.elements, (int64_t)h.bytes, (int64_t)h.scales_offset, (int64_t)values_bytes(h)};
+}
+
+View with_values(const View& view, const void* values) {
+  View out = view;
+  if (!values) return out;
+  const Header& h = *view.header;
+  const char* base = (const char*)values;
+  out.scales = (const float*)base;
+  out.sums = (const int32_t*)(base + (h.sums_offset - h.scales_offset));
+  out.values = base + (h.values_offset - h.scales_offset);
+  return out;
+}
+
+kbs_status open_packed(const void* packed, int64_t bytes, bool structure, View* view) {
   if (!packed || bytes < 0) return fail(KBS_INVALID_ARGUMENT, "no packed buffer was given");
   if ((uint64_t)bytes < sizeof(Header)) return corrupt("it is shorter than a header");
   if ((uintptr_t)packed % 8) return fail(KBS_INVALID_ARGUMENT, "a packed buffer must be aligned to 8 bytes");
@@ -280,14 +297,16 @@ kbs_status open_packed(const void* packed, int64_t bytes, View* view) {
   const Part parts[] = {{h.strips_offset, h.strips, sizeof(Strip)}, {h.index_offset, h.runs, 4},
                         {h.scales_offset, scaled, 4},               {h.sums_offset, scaled, 4},
                         {h.values_offset, h.tiles, kTileBytes}};
+  if (h.bytes > (uint64_t)INT64_MAX) return corrupt("its size is wrong");
   uint64_t end = sizeof(Header);
   for (const Part& part : parts) {
     uint64_t length;
-    if (part.offset < end || part.offset % 64 || part.offset > (uint64_t)bytes) return corrupt("an offset is out of range");
-    if (!multiply(part.count, part.size, &length) || !add(part.offset, length, &end) || end > (uint64_t)bytes)
-      return corrupt("it is truncated");
+    if (part.offset != round_up(end, 64)) return corrupt("an offset is out of range");
+    if (!multiply(part.count, part.size, &length) || !add(part.offset, length, &end) || end > h.bytes)
+      return corrupt("its size is wrong");
   }
   if (h.bytes != end) return corrupt("its size is wrong");
+  if ((uint64_t)bytes < (structure ? h.scales_offset : h.bytes)) return corrupt("it is truncated");
 
   const Strip* strips = (const Strip*)(base + h.strips_offset);
   const int32_t* index = (const int32_t*)(base + h.index_offset);
@@ -320,12 +339,7 @@ kbs_status open_packed(const void* packed, int64_t bytes, View* view) {
       if (index[r] < 0 || index[r] > last) return corrupt("an index is out of range");
   }
   if (run != h.runs || tile != h.tiles || col != h.cols) return corrupt("its counts do not add up");
-  view->header = &h;
-  view->strips = strips;
-  view->index = index;
-  view->scales = (const float*)(base + h.scales_offset);
-  view->sums = (const int32_t*)(base + h.sums_offset);
-  view->values = base + h.values_offset;
+  *view = with_values({&h, strips, index, nullptr, nullptr, nullptr}, structure ? nullptr : base + h.scales_offset);
   return KBS_OK;
 }
 
@@ -337,7 +351,7 @@ using kbs::guarded;
 kbs_status kbs_packed_bytes(const float* w, int64_t rows, int64_t cols, int64_t gates, int64_t block_rows,
                             int64_t block_cols, int32_t dtype, const uint8_t* keep, int64_t* bytes) {
   return guarded([&]() -> kbs_status {
-    if (!w || !bytes) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+    if ((!w && !keep) || !bytes) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     const kbs::Shape shape{rows, cols, gates, block_rows, block_cols, dtype};
     if (kbs_status status = check_shape(shape)) return status;
     kbs::Plan plan;
@@ -350,7 +364,7 @@ kbs_status kbs_packed_bytes(const float* w, int64_t rows, int64_t cols, int64_t 
 kbs_status kbs_pack(const float* w, int64_t rows, int64_t cols, int64_t gates, int64_t block_rows, int64_t block_cols,
                     int32_t dtype, const uint8_t* keep, void* out, int64_t out_bytes) {
   return guarded([&]() -> kbs_status {
-    if (!w || !out) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+    if ((!w && !keep) || !out) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     const kbs::Shape shape{rows, cols, gates, block_rows, block_cols, dtype};
     if (kbs_status status = check_shape(shape)) return status;
     return kbs::pack(w, shape, keep, (char*)out, out_bytes);
@@ -360,7 +374,7 @@ kbs_status kbs_pack(const float* w, int64_t rows, int64_t cols, int64_t gates, i
 kbs_status kbs_validate(const void* packed, int64_t bytes) {
   return guarded([&] {
     kbs::View view;
-    return kbs::open_packed(packed, bytes, &view);
+    return kbs::open_packed(packed, bytes, false, &view);
   });
 }
 
@@ -368,10 +382,8 @@ kbs_status kbs_inspect(const void* packed, int64_t bytes, kbs_info* info) {
   return guarded([&]() -> kbs_status {
     if (!info) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     kbs::View view;
-    if (kbs_status status = kbs::open_packed(packed, bytes, &view)) return status;
-    const kbs::Header& h = *view.header;
-    *info = {(int32_t)h.dtype,    h.rows, h.cols, h.gates, h.block_rows, h.block_cols, (int64_t)h.blocks,
-             (int64_t)h.elements, (int64_t)h.bytes, (int64_t)h.values_offset, (int64_t)kbs::values_bytes(h)};
+    if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
+    *info = kbs::describe(*view.header);
     return KBS_OK;
   });
 }
@@ -380,7 +392,7 @@ kbs_status kbs_unpack(const void* packed, int64_t bytes, float* w) {
   return guarded([&]() -> kbs_status {
     if (!w) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     kbs::View view;
-    if (kbs_status status = kbs::open_packed(packed, bytes, &view)) return status;
+    if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
     const kbs::Header& h = *view.header;
     const char* values = (const char*)view.values;
     std::fill(w, w + (uint64_t)h.rows * h.cols, 0.f);
@@ -401,11 +413,27 @@ kbs_status kbs_unpack(const void* packed, int64_t bytes, float* w) {
   });
 }
 
+kbs_status kbs_kept_blocks(const void* packed, int64_t bytes, uint8_t* keep) {
+  return guarded([&]() -> kbs_status {
+    if (!keep) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+    kbs::View view;
+    if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
+    const kbs::Header& h = *view.header;
+    const uint64_t down = (h.rows + h.block_rows - 1) / h.block_rows, gate_cols = h.cols / h.gates;
+    const uint64_t across = (gate_cols + h.block_cols - 1) / h.block_cols;
+    std::fill(keep, keep + h.gates * down * across, uint8_t{0});
+    kbs::for_each_element(view, [&](uint32_t r, uint32_t c, uint64_t) {
+      keep[(c / gate_cols * down + r / h.block_rows) * across + c % gate_cols / h.block_cols] = 1;
+    });
+    return KBS_OK;
+  });
+}
+
 kbs_status kbs_positions(const void* packed, int64_t bytes, int64_t* positions) {
   return guarded([&]() -> kbs_status {
     if (!positions) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     kbs::View view;
-    if (kbs_status status = kbs::open_packed(packed, bytes, &view)) return status;
+    if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
     const kbs::Header& h = *view.header;
     if (h.dtype != KBS_FLOAT32) return fail(KBS_UNSUPPORTED, "positions are those of float32 values");
     std::fill(positions, positions + h.tiles * kbs::kTile, int64_t{-1});

@@ -7,10 +7,15 @@
 
 namespace kbs {
 
-// Checks the whole buffer, then fills the view, which points into it.
-kbs_status open_packed(const void* packed, int64_t bytes, View* view);
+// Checks the whole buffer, then fills the view, which points into it. A structure ends where the values would begin, and
+// its view has none.
+kbs_status open_packed(const void* packed, int64_t bytes, bool structure, View* view);
 
+// Scales, sums and values: all that depends on the weights.
 size_t values_bytes(const Header& header);
+kbs_info describe(const Header& header);
+// The view with other values, or as it is if they are null.
+View with_values(const View& view, const void* values);
 
 }  // namespace kbs
 #endif  // KBS_PACKED_H_
