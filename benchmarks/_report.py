@@ -39,17 +39,10 @@ def machine(isa: str, packages: Iterable[str]) -> str:
 
 def time_text(seconds: float) -> str:
     """Three digits: 152 us, 9.21 ms."""
-    for unit, scale in (("us", 1e6), ("ms", 1e3), ("s", 1.0)):
-        value = seconds * scale
-        if value < 999.5 or unit == "s":
-            return (
-                f"{value:.2f} {unit}"
-                if value < 9.995
-                else f"{value:.1f} {unit}"
-                if value < 99.95
-                else f"{value:.0f} {unit}"
-            )
-    raise AssertionError
+    units = (("us", 1e6), ("ms", 1e3), ("s", 1.0))
+    value, unit = next((seconds * scale, unit) for unit, scale in units if seconds * scale < 999.5 or unit == "s")
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
 
 
 @dataclasses.dataclass
@@ -106,8 +99,8 @@ class Bar:
     def format(self, value: float) -> str:
         """With its unit."""
         if self.unit == "%":
-            return f"{value:.0%}" if value < 0.995 or value >= 1.005 else f"{value:.1%}"
-        return f"{value:.3g} {self.unit}" if self.unit != "x" else f"{value:.3g}x"
+            return f"{100 * value:.3g}%"
+        return f"{value:.3g}{self.unit}" if self.unit in ("x", "") else f"{value:.3g} {self.unit}"
 
     def row(self) -> tuple[str, ...]:
         """For the table of bars."""

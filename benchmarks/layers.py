@@ -26,6 +26,7 @@ from keras_blocksparse.sparse import BlockSparseMatrix, _native, get_isa, set_nu
 BLOCK, SPARSITY = (16, 16), 0.9
 LIBRARY, LAYER = "ours, libkbs", "ours, Keras layer"
 TOLERANCE = {"float32": 1e-3, "int8": 0.1}
+SUFFIX = {"float32": "", "int8": ", int8"}
 SHARED_STEP = 100e-6  # a step with less work than this need not be shared between threads
 
 
@@ -198,10 +199,9 @@ def measure(setting: Setting, rounds: int, limits: Limits, peers: list[_peers.Pe
 
     library = LibraryRNN(layer, x, "float32")
     for dtype, tolerance in TOLERANCE.items():
-        suffix = "" if dtype == "float32" else f", {dtype}"
-        add(LIBRARY + suffix, LibraryRNN, dtype, tolerance=tolerance)
+        add(LIBRARY + SUFFIX[dtype], LibraryRNN, dtype, tolerance=tolerance)
         if hasattr(kbs, "to_block_sparse"):
-            add(LAYER + suffix, keras_layer, dtype, tolerance=tolerance)
+            add(LAYER + SUFFIX[dtype], keras_layer, dtype, tolerance=tolerance)
     for name in [name for name in (LIBRARY, LAYER) if name in works]:
         works[f"{name}, 2 threads"] = on_threads(works[name], 2)
     works["multiply-add"] = limits.multiply_add()
@@ -273,11 +273,14 @@ def bars(results: list[Result], scaling: dict[str, tuple[float, float]], steps: 
     for result in results:
         setting, mine = result.setting, result.seconds[result.ours]
         keras = ("Keras", result.seconds["Keras"]) if "Keras" in result.seconds else None
-        for text, bound, peer in (("best dense", setting.best_dense, result.best), ("Keras", setting.keras, keras)):
-            if bound and peer:
-                detail = f"{result.ours} {time_text(mine)}, {peer[0]} {time_text(peer[1])}"
-                detail += f"; at the machine's bound it would be {peer[1] / result.bound:.3g}x"
-                rows.append(Bar(setting.name, "{} the " + text, bound, peer[1] / mine, detail))
+        for text, bound, peer in (("the best dense", setting.best_dense, result.best), ("Keras", setting.keras, keras)):
+            for dtype in TOLERANCE if bound and peer else ():
+                name = result.ours + SUFFIX[dtype]
+                ratio = peer[1] / result.seconds[name]
+                detail = f"{name} {time_text(result.seconds[name])}, {peer[0]} {time_text(peer[1])}"
+                if dtype == "float32":
+                    detail += f"; at the machine's bound it would be {peer[1] / result.bound:.3g}x"
+                rows.append(Bar(setting.name + SUFFIX[dtype], "{} " + text, bound, ratio, detail))
         if mine / setting.steps >= SHARED_STEP:
             two = result.seconds[f"{result.ours}, 2 threads"]
             read, add = scaling[setting.name]
