@@ -89,6 +89,11 @@ def check(name: str, got: object, expected: np.ndarray, tolerance: float = 1e-3)
         )
 
 
+def left_out(name: str, error: Exception) -> None:
+    """Says that something is not measured, and why, in one line."""
+    print(f"left out: {name}: {' '.join(str(error).split())[:300]}")
+
+
 def tensorflow() -> Any:
     """TensorFlow on one thread."""
     import tensorflow as tf
@@ -97,6 +102,14 @@ def tensorflow() -> Any:
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(1)
     return tf
+
+
+def compiled(function: Callable[[Any], Any], x: np.ndarray, jit_compile: bool = False) -> Work:
+    """A tf.function by the call that costs least: the function for this shape, which Python need not look up."""
+    tf = tensorflow()
+    tensor = tf.constant(x)
+    call = tf.function(function, jit_compile=jit_compile).get_concrete_function(tf.TensorSpec(x.shape))
+    return lambda: call(tensor)
 
 
 def torch() -> Any:
@@ -150,9 +163,7 @@ def _(w: np.ndarray, x: np.ndarray, block_size: BlockSize) -> Work:
     tf = tensorflow()
     indices = np.argwhere(w.T)
     matrix = tf.SparseTensor(indices, w.T[tuple(indices.T)], w.T.shape)
-    xt = tf.constant(np.ascontiguousarray(x.T))
-    multiply = tf.function(tf.sparse.sparse_dense_matmul)
-    return lambda: multiply(matrix, xt)
+    return compiled(lambda xt: tf.sparse.sparse_dense_matmul(matrix, xt), np.ascontiguousarray(x.T))
 
 
 @peer(MATMUL, "torch dense", "torch")
@@ -189,14 +200,13 @@ def _(w: np.ndarray, x: np.ndarray, block_size: BlockSize) -> Work:
 
 
 def _keras_dense(w: np.ndarray, x: np.ndarray, jit_compile: bool) -> Work:
-    tf = tensorflow()
+    tensorflow()
     import keras
 
     layer = keras.layers.Dense(w.shape[1], use_bias=False)
     layer.build((None, w.shape[0]))
     layer.set_weights([w])
-    call, tensor = tf.function(layer, jit_compile=jit_compile), tf.constant(x)
-    return lambda: call(tensor)
+    return compiled(layer, x, jit_compile)
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -245,19 +255,12 @@ class RNNWeights:
 
 @peer(RNN, "Keras", "keras")
 def _(layer: RNNWeights, x: np.ndarray) -> Work:
-    return _keras_rnn(layer, x, jit_compile=False)
+    return compiled(layer.keras_model(x.shape[1]), x)
 
 
 @peer(RNN, "Keras, XLA", "keras")
 def _(layer: RNNWeights, x: np.ndarray) -> Work:
-    return _keras_rnn(layer, x, jit_compile=True)
-
-
-def _keras_rnn(layer: RNNWeights, x: np.ndarray, jit_compile: bool) -> Work:
-    tf = tensorflow()
-    call = tf.function(layer.keras_model(x.shape[1]), jit_compile=jit_compile)
-    tensor = tf.constant(x)
-    return lambda: call(tensor)
+    return compiled(layer.keras_model(x.shape[1]), x, jit_compile=True)
 
 
 @peer(RNN, "torch", "torch")

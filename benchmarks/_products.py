@@ -76,8 +76,7 @@ class Bench:
             got = np.asarray(work()) + getattr(work, "offset", 0)
             _peers.check(case.who, got, self.x[case.batch] @ w, TOLERANCE[case.dtype])
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            print(f"left out: {case.who}, {block_text(case.block)}, batch {case.batch}: {reason[:160]}")
+            _peers.left_out(f"{case.who}, {block_text(case.block)}, batch {case.batch}", error)
         else:
             self.works[case] = work
 

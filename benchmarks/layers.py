@@ -25,6 +25,7 @@ from keras_blocksparse.sparse import BlockSparseMatrix, _native, get_isa, set_nu
 
 BLOCK, SPARSITY = (16, 16), 0.9
 LIBRARY, LAYER = "ours, libkbs", "ours, Keras layer"
+NOTHING = "a tf.function that does next to nothing"
 TOLERANCE = {"float32": 1e-3, "int8": 0.1}
 SUFFIX = {"float32": "", "int8": ", int8"}
 SHARED_STEP = 100e-6  # a step with less work than this need not be shared between threads
@@ -130,10 +131,8 @@ class LibraryRNN:
 
 def keras_layer(layer: RNNWeights, x: np.ndarray, dtype: str) -> Work:
     """What a user runs: the converted model in a tf.function."""
-    tf = _peers.tensorflow()
-    call = tf.function(kbs.to_block_sparse(layer.keras_model(x.shape[1]), block_size=BLOCK, dtype=dtype))
-    tensor = tf.constant(x)
-    return lambda: call(tensor)
+    model = layer.keras_model(x.shape[1])
+    return _peers.compiled(kbs.to_block_sparse(model, block_size=BLOCK, dtype=dtype, verbose=False), x)
 
 
 def on_threads(work: Work, threads: int) -> Work:
@@ -193,7 +192,7 @@ def measure(setting: Setting, rounds: int, limits: Limits, peers: list[_peers.Pe
             work = make(layer, x, *arguments)  # type: ignore[operator]
             _peers.check(name, work(), expected, tolerance)
         except Exception as error:
-            print(f"left out: {name}, {setting.name}: {(str(error).splitlines() or [''])[0][:160]}")
+            _peers.left_out(f"{name}, {setting.name}", error)
         else:
             works[name] = work
 
@@ -208,6 +207,7 @@ def measure(setting: Setting, rounds: int, limits: Limits, peers: list[_peers.Pe
     works["read"] = limits.read(library.recurrent.nbytes, setting.steps)
     for peer in peers:
         add(peer.name, peer.prepare)
+    works[NOTHING] = _peers.compiled(lambda a: a[0, 0] + 1.0, x)
     seconds = in_turns(works, rounds, setting.name)
     flops = 2 * library.recurrent.density * layer.recurrent.size * setting.batch * setting.steps
     dense = [peer.name for peer in peers if peer.name in seconds]
@@ -236,12 +236,13 @@ def training(setting: Setting, rounds: int) -> dict[str, float] | None:
         try:
             losses[name] = float(np.ravel(work())[0])  # before the first update, so that all must agree
         except Exception as error:
-            print(f"left out: training step, {name}: {(str(error).splitlines() or [''])[0][:160]}")
+            _peers.left_out(f"training step, {name}", error)
         else:
             works[name] = work
 
-    add("ours", step(kbs.to_block_sparse(layer.keras_model(setting.steps), block_size=BLOCK)))
-    add("Keras", step(layer.keras_model(setting.steps)))
+    dense = layer.keras_model(setting.steps)
+    add("ours", step(kbs.to_block_sparse(dense, block_size=BLOCK, verbose=False)))
+    add("Keras", step(dense))
     add("Keras, XLA", step(layer.keras_model(setting.steps), jit_compile=True))
     if not np.allclose(list(losses.values()), next(iter(losses.values())), rtol=1e-3):
         raise ValueError(f"the models compute different losses: {losses}")
