@@ -13,7 +13,7 @@ from keras_blocksparse.pruning import Pruner, prune_low_magnitude_block, sparsit
 from keras_blocksparse.regularizers import GroupLassoRegularizer
 from keras_blocksparse.report import SparsityReport, sparsity_report
 from keras_blocksparse.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule, ThresholdRamp
-from keras_blocksparse.sparse import BlockSparseMatrix, get_isa, set_num_threads
+from keras_blocksparse.sparse import BlockSparseMatrix, block_sparse_matmul, get_isa, register_ops, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -38,10 +38,12 @@ __all__ = [
     "ThresholdRamp",
     "Uniform",
     "UpdatePruningStep",
+    "block_sparse_matmul",
     "export_tflite",
     "get_isa",
     "plot_masks",
     "prune_low_magnitude_block",
+    "register_ops",
     "register_prunable",
     "set_num_threads",
     "sparsity",

@@ -79,10 +79,29 @@ class RNNCall(ctypes.Structure):
         ("y", FloatPointer),
         ("final_h", FloatPointer),
         ("final_c", FloatPointer),
+        ("reserve", c_void_p),
     ]
 
 
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+class RNNGradients(ctypes.Structure):
+    """`kbs_rnn_gradients`."""
+
+    _fields_ = [
+        ("dy", FloatPointer),
+        ("dfinal_h", FloatPointer),
+        ("dfinal_c", FloatPointer),
+        ("dx", FloatPointer),
+        ("dinitial_h", FloatPointer),
+        ("dinitial_c", FloatPointer),
+        ("dkernel_values", FloatPointer),
+        ("drecurrent_values", FloatPointer),
+        ("dbias", FloatPointer),
+    ]
+
+
+Signatures = dict[str, tuple[Any, list[Any]]]
+
+_SIGNATURES: Signatures = {
     "kbs_last_error": (c_char_p, []),
     "kbs_get_isa": (c_int32, [POINTER(c_char_p)]),
     "kbs_available_isas": (c_char_p, []),
@@ -119,6 +138,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "kbs_rnn_create": (c_int32, [POINTER(RNNConfig), POINTER(c_void_p)]),
     "kbs_rnn_destroy": (None, [c_void_p]),
     "kbs_rnn_run": (c_int32, [c_void_p, POINTER(RNNCall)]),
+    "kbs_rnn_reserve_bytes": (c_int32, [c_void_p, c_int64, c_int64, POINTER(c_int64)]),
+    "kbs_rnn_backward": (c_int32, [c_void_p, POINTER(RNNCall), POINTER(RNNGradients)]),
 }
 
 
@@ -169,10 +190,15 @@ def open_library(path: Path) -> ctypes.CDLL:
             f"{path} speaks version {found} of the native interface, this package speaks {ABI_VERSION}. "
             "Remove the old file and reinstall keras_blocksparse"
         )
-    for name, (result, arguments) in _SIGNATURES.items():
+    declare(lib, _SIGNATURES)
+    return lib
+
+
+def declare(lib: ctypes.CDLL, signatures: Signatures) -> None:
+    """Tells ctypes what the functions of a library take and return."""
+    for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    return lib
 
 
 def call(name: str, *arguments: Any) -> None:

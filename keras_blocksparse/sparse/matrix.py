@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import functools
 from typing import Any
 
 import numpy as np
@@ -93,16 +92,24 @@ class BlockSparseMatrix:
         packed[len(structure.packed) :] = values.view(np.uint8)
         return cls(packed)
 
-    @functools.cached_property
+    @property
     def structure(self) -> BlockStructure:
         """Which blocks are kept, without the values."""
         self._refuse_transposed("structure")
-        rows, cols = self.shape
-        grid = BlockGrid((rows, cols), self.block_size, self.gates)
-        keep = np.empty(grid.grid_shape, np.uint8)
-        pointer = keep.ctypes.data_as(_native.BytePointer)
-        _native.call("kbs_kept_blocks", self._packed.ctypes.data, self._packed.size, pointer)
-        return BlockStructure((rows, cols), self.block_size, self.gates, self.dtype, keep.astype(bool))
+        if self._owner.structure is None:
+            grid = BlockGrid(self.shape, self.block_size, self.gates)
+            keep = np.empty(grid.grid_shape, np.uint8)
+            pointer = keep.ctypes.data_as(_native.BytePointer)
+            _native.call("kbs_kept_blocks", self._packed.ctypes.data, self._packed.size, pointer)
+            self._owner.structure = BlockStructure(
+                self.shape, self.block_size, self.gates, self.dtype, keep.astype(bool)
+            )
+        return self._owner.structure
+
+    @property
+    def transposed(self) -> bool:
+        """Whether this is the `T` of a matrix that was packed."""
+        return self._transposed
 
     @property
     def T(self) -> BlockSparseMatrix:
@@ -110,7 +117,6 @@ class BlockSparseMatrix:
         if self.dtype == "int8":
             raise ValueError("int8 matrices have no transposed product. Use float32 or bfloat16")
         other = copy.copy(self)
-        other.__dict__.pop("structure", None)
         other._transposed = not self._transposed
         return other
 
@@ -222,6 +228,7 @@ class _Handle:
     def __init__(self, packed: np.ndarray) -> None:
         self.pointer = ctypes.c_void_p()
         _native.call("kbs_matrix_create", packed.ctypes.data, packed.size, 0, ctypes.byref(self.pointer))
+        self.structure: BlockStructure | None = None  # for all views, once one has asked
         self._packed = packed
         self._destroy = _native.library().kbs_matrix_destroy
 

@@ -58,44 +58,87 @@ def activate(name, x, limit=0.0):
     return y
 
 
+def nans(*shape):
+    return np.full(shape, np.nan, np.float32)
+
+
 class RNN:
-    """A layer's handle."""
+    """A layer's handle. With `per_call` it has structures only, and each call brings the values and the bias."""
 
     def __init__(self, cell, kernel, recurrent, bias=None, reset_after=True, activation="tanh",
-                 recurrent_activation="sigmoid", limits=(0.0, 0.0), block_size=(4, 4), dtype="float32"):  # fmt: skip
+                 recurrent_activation="sigmoid", limits=(0.0, 0.0), block_size=(4, 4), dtype="float32",
+                 per_call=False):  # fmt: skip
         gates = {"simple_rnn": 1, "gru": 3, "lstm": 4}[cell]
+        self.library = _native.library()
+        self.handle, self.structures = ctypes.c_void_p(), []
         self.kernel = BlockSparseMatrix.from_dense(kernel, block_size, gates, dtype)
         self.recurrent = BlockSparseMatrix.from_dense(recurrent, block_size, gates, dtype)
-        bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
+        self.bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
+        self.cell, self.units, self.per_call = cell, len(recurrent), per_call
+        matrices = [self._structure(m) if per_call else m._handle for m in (self.kernel, self.recurrent)]
         config = _native.RNNConfig(
             _native.CELLS[cell], _native.ACTIVATIONS[activation], _native.ACTIVATIONS[recurrent_activation],
-            int(reset_after), *limits, self.kernel._handle, self.recurrent._handle, floats(bias),
+            int(reset_after), *limits, *matrices, None if per_call else floats(self.bias),
         )  # fmt: skip
-        self.cell, self.units, self.handle = cell, len(recurrent), ctypes.c_void_p()
-        self.library = _native.library()
         _native.call("kbs_rnn_create", ctypes.byref(config), ctypes.byref(self.handle))
 
-    def __del__(self):
-        if self.handle:
-            self.library.kbs_rnn_destroy(self.handle)
+    def _structure(self, matrix):
+        handle, packed = ctypes.c_void_p(), matrix.structure.packed
+        flags = _native.STRUCTURE | _native.COPY
+        _native.call("kbs_matrix_create", packed, len(packed), flags, ctypes.byref(handle))
+        self.structures.append(handle)
+        return handle
 
-    def __call__(self, x, mask=None, initial_state=(), go_backwards=False, return_sequences=True,
-                 zero_output_for_mask=False):  # fmt: skip
-        """Outputs and final states."""
+    def __del__(self):
+        self.library.kbs_rnn_destroy(self.handle)
+        for handle in self.structures:
+            self.library.kbs_matrix_destroy(handle)
+
+    def call(self, x, mask=None, initial_state=(), go_backwards=False, return_sequences=True,
+             zero_output_for_mask=False, reserve=None):  # fmt: skip
+        """What the library is told, without outputs."""
         batch, steps, _ = x.shape
-        x = np.ascontiguousarray(x, np.float32)
         states = [np.ascontiguousarray(state, np.float32) for state in initial_state] + [None, None]
         mask = None if mask is None else np.ascontiguousarray(mask, np.uint8)
-        y = np.full((batch, steps, self.units) if return_sequences else (batch, self.units), np.nan, np.float32)
-        final_h = np.full((batch, self.units), np.nan, np.float32)
-        final_c = np.full((batch, self.units), np.nan, np.float32) if self.cell == "lstm" else None
-        call = _native.RNNCall(
-            batch, steps, floats(x), None if mask is None else mask.ctypes.data_as(_native.BytePointer),
-            floats(states[0]), floats(states[1]), go_backwards, return_sequences, zero_output_for_mask, 0, None, None,
-            None, floats(y), floats(final_h), floats(final_c),
+        weights = [m.values.ctypes.data if self.per_call else None for m in (self.kernel, self.recurrent)]
+        return _native.RNNCall(
+            batch, steps, floats(np.ascontiguousarray(x, np.float32)),
+            None if mask is None else mask.ctypes.data_as(_native.BytePointer), floats(states[0]), floats(states[1]),
+            go_backwards, return_sequences, zero_output_for_mask, 0, *weights,
+            floats(self.bias) if self.per_call else None, None, None, None,
+            None if reserve is None else reserve.ctypes.data,
         )  # fmt: skip
+
+    def __call__(self, x, *arguments, **options):
+        """Outputs and final states."""
+        call = self.call(x, *arguments, **options)
+        batch, steps, _ = x.shape
+        y = nans(batch, steps, self.units) if call.return_sequences else nans(batch, self.units)
+        states = [nans(batch, self.units) for _ in range(1 + (self.cell == "lstm"))]
+        call.y = floats(y)
+        call.final_h, call.final_c = (floats(state) for state in [*states, None][:2])
         _native.call("kbs_rnn_run", self.handle, ctypes.byref(call))
-        return [y, final_h] + ([final_c] if final_c is not None else [])
+        return [y, *states]
+
+    def reserve(self, batch, steps):
+        """Memory for a call with gradients."""
+        size = ctypes.c_int64()
+        _native.call("kbs_rnn_reserve_bytes", self.handle, batch, steps, ctypes.byref(size))
+        return nans(size.value // 4)
+
+    def backward(self, x, *arguments, dy=None, dfinal=(), skip=(), **options):
+        """Gradients by name, but those in `skip`."""
+        call = self.call(x, *arguments, **options)
+        batch = len(x)
+        shapes = {"x": x.shape, "initial_h": (batch, self.units), "initial_c": (batch, self.units),
+                  "kernel": self.kernel.values.shape, "recurrent": self.recurrent.values.shape,
+                  "bias": None if self.bias is None else self.bias.shape}  # fmt: skip
+        left_out = {*skip, *(["initial_c"] if self.cell != "lstm" else []), *(["bias"] if self.bias is None else [])}
+        results = {name: None if name in left_out else nans(*shape) for name, shape in shapes.items()}
+        given = [None if d is None else np.ascontiguousarray(d, np.float32) for d in [dy, *dfinal, None, None][:3]]
+        gradients = _native.RNNGradients(*map(floats, given), *map(floats, results.values()))
+        _native.call("kbs_rnn_backward", self.handle, ctypes.byref(call), ctypes.byref(gradients))
+        return {name: result for name, result in results.items() if result is not None}
 
 
 def sigmoid(x):

@@ -109,6 +109,7 @@ enum {
 /* Validates. `flags` is a sum of the above. */
 KBS_API kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, kbs_matrix** out);
 KBS_API void kbs_matrix_destroy(kbs_matrix* matrix);
+KBS_API kbs_status kbs_matrix_info(const kbs_matrix* matrix, kbs_info* info);
 
 /* y (batch, cols) = x (batch, rows) W + bias, or y += ... if accumulate. Row strides in elements. `bias` may be NULL.
  * `values`, if not NULL, stands in for the packed values (values_bytes of them, aligned to 4): weights in training.
@@ -159,6 +160,8 @@ typedef struct {
   float* y;                     /* (batch, steps, units), or (batch, units) without return_sequences */
   float* final_h;               /* NULL, or (batch, units) */
   float* final_c;               /* NULL, or (batch, units), LSTM */
+  void* reserve;                /* NULL, or kbs_rnn_reserve_bytes of memory aligned to 4: what kbs_rnn_backward needs of
+                                   this run */
 } kbs_rnn_call;
 
 typedef struct kbs_rnn kbs_rnn;
@@ -166,6 +169,26 @@ typedef struct kbs_rnn kbs_rnn;
 KBS_API kbs_status kbs_rnn_create(const kbs_rnn_config* config, kbs_rnn** out);
 KBS_API void kbs_rnn_destroy(kbs_rnn* rnn);
 KBS_API kbs_status kbs_rnn_run(const kbs_rnn* rnn, const kbs_rnn_call* call);
+
+/* ---- their gradients: float32 matrices only -------------------------------------------------------------------- */
+
+KBS_API kbs_status kbs_rnn_reserve_bytes(const kbs_rnn* rnn, int64_t batch, int64_t steps, int64_t* bytes);
+
+typedef struct {
+  const float* dy;         /* like kbs_rnn_call.y; NULL for zeros */
+  const float* dfinal_h;   /* NULL for zeros, or (batch, units) */
+  const float* dfinal_c;   /* LSTM */
+  float* dx;               /* (batch, steps, inputs); each result may be NULL: not wanted */
+  float* dinitial_h;       /* (batch, units) */
+  float* dinitial_c;       /* LSTM */
+  float* dkernel_values;   /* in the order of the packed values, zero in the padding */
+  float* drecurrent_values;
+  float* dbias;            /* in the shape of the bias that the call had; NULL if there was none */
+} kbs_rnn_gradients;
+
+/* Gradients of the run that `call` describes. call->reserve is what that run wrote, and is left as it is; NULL runs it
+ * again. The call's outputs are not used. */
+KBS_API kbs_status kbs_rnn_backward(const kbs_rnn* rnn, const kbs_rnn_call* call, const kbs_rnn_gradients* gradients);
 
 #ifdef __cplusplus
 }

@@ -49,15 +49,26 @@ struct Kernels {
                           size_t dy_stride, int n, bool accumulate, float* dvalues);
 
   void (*activate)(Activation, const float* x, size_t n, float* y);
-  // One step of a cell for n units of one sample; x and a hold the gates `units` apart.
-  void (*simple_step)(Activation f, size_t n, const float* a, float* h);
+  // One step of a cell for n units of one sample; x and a hold the gates `units` apart. `record`, if not null, is filled
+  // for the step's gradients: see Record.
+  void (*simple_step)(Activation f, size_t n, const float* a, float* h, float* record);
   void (*gru_step)(Activation f, Activation g, size_t n, size_t units, const float* x, const float* a,
-                   const float* h_before, float* h);
+                   const float* h_before, float* h, float* record);
   // reset_after = False comes in two halves: r * h for the product with the candidate's matrix, then the rest.
-  void (*gru_reset)(Activation g, size_t n, const float* r, const float* h_before, float* rh);
-  void (*gru_update)(Activation f, Activation g, size_t n, const float* z, const float* hh, const float* h_before,
-                     float* h);
-  void (*lstm_step)(Activation f, Activation g, size_t n, size_t units, const float* a, float* c, float* h);
+  void (*gru_reset)(Activation g, size_t n, size_t units, const float* x, const float* h_before, float* rh, float* record);
+  void (*gru_update)(Activation f, Activation g, size_t n, size_t units, const float* x, const float* h_before, float* h,
+                     float* record);
+  void (*lstm_step)(Activation f, Activation g, size_t n, size_t units, const float* a, float* c, float* h, float* record);
+
+  // Gradients of a step for all units of one sample. dh is that of h' and becomes what h gets past the products; da gets
+  // those of the activations' arguments, `units` apart.
+  void (*simple_step_backward)(Activation f, size_t units, const float* record, float* dh, float* da);
+  // da has a fourth part: the candidate's where h U_h + b_h is concerned.
+  void (*gru_step_backward)(Activation f, Activation g, size_t units, const float* record, float* dh, float* da);
+  // reset_after = False in two halves: drh, the gradient of r * h, is a product with what the first one leaves.
+  void (*gru_update_backward)(Activation f, Activation g, size_t units, const float* record, float* dh, float* da);
+  void (*gru_reset_backward)(Activation g, size_t units, const float* record, const float* drh, float* dh, float* da);
+  void (*lstm_step_backward)(Activation f, Activation g, size_t units, const float* record, float* dh, float* dc, float* da);
 };
 
 // Null, with the error set, if KBS_ISA asks for what this CPU cannot run.

@@ -12,14 +12,7 @@ kbs_matrix::~kbs_matrix() { std::free(owned); }
 namespace kbs {
 namespace {
 
-size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Rows of x that one panel takes; fewer are padded.
-int panel_lanes(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
-
 bool by_rows(const Header& h, int64_t rows) { return h.dtype == KBS_INT8 || rows <= kMaxRows; }
-
-size_t row_stride(const Header& h) { return round_up(h.padded_rows + kSlack, 64); }
 
 size_t scratch_bytes(const Header& h) {
   // The longest strip: every row, twice as long at most where runs are filled up to tiles.
@@ -27,6 +20,10 @@ size_t scratch_bytes(const Header& h) {
 }
 
 }  // namespace
+
+int panel_lanes(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
+
+size_t row_stride(const Header& h) { return round_up(h.padded_rows + kSlack, 64); }
 
 size_t operand_bytes(const View& view, int64_t rows) {
   const Header& h = *view.header;
@@ -77,14 +74,19 @@ void multiply(const Kernels& k, const View& view, const Operand& x, size_t begin
   }
 }
 
-size_t split_strips(const View& view, int index, int parts) {
-  const Header& h = *view.header;
-  if (index <= 0) return 0;
-  if (index >= parts) return h.strips;
-  const uint64_t tiles = h.tiles / parts * index + h.tiles % parts * index / parts;
-  const Strip* at = std::lower_bound(view.strips, view.strips + h.strips, tiles,
+size_t split_strips(const View& view, size_t begin, size_t end, int index, int parts) {
+  if (index <= 0) return begin;
+  if (index >= parts) return end;
+  const auto first_tile = [&](size_t s) { return s < view.header->strips ? view.strips[s].first_tile : view.header->tiles; };
+  const uint64_t before = first_tile(begin), tiles = first_tile(end) - before;
+  const Strip* at = std::lower_bound(view.strips + begin, view.strips + end,
+                                     before + tiles / parts * index + tiles % parts * index / parts,
                                      [](const Strip& strip, uint64_t t) { return strip.first_tile < t; });
   return (size_t)(at - view.strips);
+}
+
+size_t split_strips(const View& view, int index, int parts) {
+  return split_strips(view, 0, view.header->strips, index, parts);
 }
 
 double estimated_us(const View& view, int64_t rows) {
@@ -104,8 +106,6 @@ kbs_status check_matmul(const float* x, int64_t x_stride, int64_t x_cols, const 
                 (long long)x_stride, (long long)y_stride, (long long)x_cols, (long long)y_cols);
   return KBS_OK;
 }
-
-kbs_status no_values() { return fail(KBS_INVALID_ARGUMENT, "the matrix is a structure without values, and none were given"); }
 
 // Calls work(chunk) for each of `chunks`, in turn on `threads` threads.
 template <class Work>
@@ -140,6 +140,8 @@ void matmul(const Kernels& k, const View& view, const float* x, size_t x_stride,
   }
 }
 
+}  // namespace
+
 void matmul_transposed(const Kernels& k, const View& view, const float* dy, size_t dy_stride, int64_t batch, float* dx,
                        size_t dx_stride) {
   const Header& h = *view.header;
@@ -165,8 +167,8 @@ void matmul_transposed(const Kernels& k, const View& view, const float* dy, size
   });
 }
 
-void sampled_product(const Kernels& k, const View& view, const float* x, size_t x_stride, const float* dy,
-                     size_t dy_stride, int64_t batch, bool accumulate, float* dvalues) {
+void sampled_product(const Kernels& k, const View& view, size_t begin, size_t end, const float* x, size_t x_stride,
+                     const float* dy, size_t dy_stride, int64_t batch, bool accumulate, float* dvalues) {
   constexpr int64_t kRows = 64;  // as many as the kernel takes
   const Header& h = *view.header;
   const int threads = estimated_us(view, batch) >= kWorthThreadsUs ? num_threads() : 1;
@@ -180,13 +182,15 @@ void sampled_product(const Kernels& k, const View& view, const float* x, size_t 
       std::memset(padded + b * stride + h.rows, 0, (stride - h.rows) * sizeof(float));
     }
     run_each(threads, [&](int thread) {
-      k.sampled_product(view, split_strips(view, thread, threads), split_strips(view, thread + 1, threads), padded,
-                        stride, dy + first * dy_stride, dy_stride, n, accumulate || first > 0, dvalues);
+      k.sampled_product(view, split_strips(view, begin, end, thread, threads),
+                        split_strips(view, begin, end, thread + 1, threads), padded, stride, dy + first * dy_stride,
+                        dy_stride, n, accumulate || first > 0, dvalues);
     });
   }
 }
 
-}  // namespace
+kbs_status no_values() { return fail(KBS_INVALID_ARGUMENT, "the matrix is a structure without values, and none were given"); }
+
 }  // namespace kbs
 
 using kbs::fail;
@@ -216,6 +220,12 @@ kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, k
 }
 
 void kbs_matrix_destroy(kbs_matrix* matrix) { delete matrix; }
+
+kbs_status kbs_matrix_info(const kbs_matrix* matrix, kbs_info* info) {
+  if (!matrix || !info) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+  *info = kbs::describe(*matrix->view.header);
+  return KBS_OK;
+}
 
 kbs_status kbs_matmul(const kbs_matrix* matrix, const void* values, const float* x, int64_t x_stride, int64_t batch,
                       const float* bias, int32_t accumulate, float* y, int64_t y_stride) {
@@ -258,7 +268,8 @@ kbs_status kbs_sampled_product(const kbs_matrix* matrix, const float* x, int64_t
     if (h.dtype != KBS_FLOAT32) return fail(KBS_UNSUPPORTED, "gradients are those of float32 values");
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
-    kbs::sampled_product(*k, matrix->view, x, (size_t)x_stride, dy, (size_t)dy_stride, batch, accumulate != 0, dvalues);
+    kbs::sampled_product(*k, matrix->view, 0, h.strips, x, (size_t)x_stride, dy, (size_t)dy_stride, batch,
+                         accumulate != 0, dvalues);
     return KBS_OK;
   });
 }

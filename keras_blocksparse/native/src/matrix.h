@@ -17,6 +17,8 @@ struct kbs_matrix {
 
 namespace kbs {
 
+inline size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 constexpr int kBlockRows = kMaxLanes;  // rows of x in one go
 
 // Up to kBlockRows rows of x in the form that the kernels for this matrix take.
@@ -35,8 +37,22 @@ void make_operand(const Kernels& k, const View& view, const float* const* x, int
 // y (+)= x W (+ bias) for strips [begin, end).
 void multiply(const Kernels& k, const View& view, const Operand& x, size_t begin, size_t end, const Output& out);
 
-// The first strip of part `index` of `parts` with equal work.
+// dx (batch, rows) = dy W^T for any number of rows, on all threads.
+void matmul_transposed(const Kernels& k, const View& view, const float* dy, size_t dy_stride, int64_t batch, float* dx,
+                       size_t dx_stride);
+// dvalues (+)= x^T dy for strips [begin, end) and any number of rows, on all threads.
+void sampled_product(const Kernels& k, const View& view, size_t begin, size_t end, const float* x, size_t x_stride,
+                     const float* dy, size_t dy_stride, int64_t batch, bool accumulate, float* dvalues);
+
+// Rows of x that one panel takes; fewer are padded.
+int panel_lanes(int64_t rows);
+// Floats of a row of x that kernels read, zero behind its end.
+size_t row_stride(const Header& header);
+// The first strip of part `index` of `parts` with equal work, of strips [begin, end) or of all.
+size_t split_strips(const View& view, size_t begin, size_t end, int index, int parts);
 size_t split_strips(const View& view, int index, int parts);
+// The error of a structure that was given no values.
+kbs_status no_values();
 // What a product with so many rows takes one thread, roughly; decides whether threads are worth waking.
 double estimated_us(const View& view, int64_t rows);
 constexpr double kWorthThreadsUs = 50;

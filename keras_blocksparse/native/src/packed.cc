@@ -262,6 +262,11 @@ kbs_status corrupt(const char* what) { return fail(KBS_CORRUPT, "not a usable pa
 
 size_t values_bytes(const Header& header) { return header.bytes - header.scales_offset; }
 
+kbs_info describe(const Header& h) {
+  return {(int32_t)h.dtype,    h.rows, h.cols, h.gates, h.block_rows, h.block_cols, (int64_t)h.blocks,
+          (int64_t)h.elements, (int64_t)h.bytes, (int64_t)h.scales_offset, (int64_t)values_bytes(h)};
+}
+
 View with_values(const View& view, const void* values) {
   View out = view;
   if (!values) return out;
@@ -378,9 +383,7 @@ kbs_status kbs_inspect(const void* packed, int64_t bytes, kbs_info* info) {
     if (!info) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     kbs::View view;
     if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
-    const kbs::Header& h = *view.header;
-    *info = {(int32_t)h.dtype,    h.rows, h.cols, h.gates, h.block_rows, h.block_cols, (int64_t)h.blocks,
-             (int64_t)h.elements, (int64_t)h.bytes, (int64_t)h.scales_offset, (int64_t)kbs::values_bytes(h)};
+    *info = kbs::describe(*view.header);
     return KBS_OK;
   });
 }

@@ -13,6 +13,7 @@ kbs_status open_packed(const void* packed, int64_t bytes, bool structure, View* 
 
 // Scales, sums and values: all that depends on the weights.
 size_t values_bytes(const Header& header);
+kbs_info describe(const Header& header);
 // The view with other values, or as it is if they are null.
 View with_values(const View& view, const void* values);
 

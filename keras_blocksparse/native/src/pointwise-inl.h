@@ -56,7 +56,7 @@ KBS_INLINE V tanh(V x) {
   return (V)((U)(a < 0.625f ? small : large) | (U)sign);
 }
 
-// Any activation: what a call asks for.
+// Any activation: what a call asks for. Its derivative is a function of its result, as those of all of them are.
 struct Any {
   Activation f;
   KBS_INLINE V operator()(V x) const {
@@ -76,12 +76,25 @@ struct Any {
       default: return x;
     }
   }
+  KBS_INLINE V derivative(V y) const {
+    const V one = broadcast(1.f);
+    switch (f.kind) {
+      case KBS_TANH: return one - y * y;
+      case KBS_SIGMOID: return y * (one - y);
+      case KBS_RELU: return y > 0.f ? one : V{};
+      case KBS_CLIPPED_RELU: return (y > 0.f) & (y < f.limit) ? one : V{};
+      case KBS_HARD_SIGMOID: return (y > 0.f) & (y < 1.f) ? broadcast(1.f / 6.f) : V{};
+      default: return one;
+    }
+  }
 };
 struct Tanh {
   KBS_INLINE V operator()(V x) const { return tanh(x); }
+  KBS_INLINE V derivative(V y) const { return 1.f - y * y; }
 };
 struct Sigmoid {
   KBS_INLINE V operator()(V x) const { return sigmoid(x); }
+  KBS_INLINE V derivative(V y) const { return y * (1.f - y); }
 };
 
 // Calls body(f, g) with Keras's defaults compiled in, or with what was asked for.
@@ -120,45 +133,126 @@ void activate(Activation f, const float* x, size_t n, float* y) {
   for_units(n, [&](auto get, auto put) KBS_INLINE_LAMBDA { put(y, Any{f}(get(x))); });
 }
 
-void simple_step(Activation f, size_t n, const float* a, float* h) {
-  for_units(n, [&](auto get, auto put) KBS_INLINE_LAMBDA { put(h, Any{f}(get(a))); });
+void simple_step(Activation f, size_t n, const float* a, float* h, float* record) {
+  for_units(n, [&](auto get, auto put) KBS_INLINE_LAMBDA {
+    const V y = Any{f}(get(a));
+    put(h, y);
+    if (record) put(record, y);
+  });
 }
 
 // z, r, h beside each other: x holds x W + b, a holds h U + b'.
 void gru_step(Activation activation, Activation recurrent, size_t n, size_t units, const float* x, const float* a,
-              const float* h_before, float* h) {
+              const float* h_before, float* h, float* record) {
   with_activations(activation, recurrent, [&](auto f, auto g) KBS_INLINE_LAMBDA {
     for_units(n, [&](auto get, auto put) KBS_INLINE_LAMBDA {
+      const V a_h = get(a + 2 * units);
       const V z = g(get(x) + get(a));
       const V r = g(get(x + units) + get(a + units));
-      const V hh = f(get(x + 2 * units) + r * get(a + 2 * units));
+      const V hh = f(get(x + 2 * units) + r * a_h);
       put(h, z * get(h_before) + (1.f - z) * hh);
+      if (record) put(record, z), put(record + units, r), put(record + 2 * units, hh), put(record + 3 * units, a_h);
     });
   });
 }
 
-void gru_reset(Activation recurrent, size_t n, const float* r, const float* h_before, float* rh) {
-  for_units(n, [&](auto get, auto put) KBS_INLINE_LAMBDA { put(rh, Any{recurrent}(get(r)) * get(h_before)); });
+void gru_reset(Activation recurrent, size_t n, size_t units, const float* x, const float* h_before, float* rh,
+               float* record) {
+  for_units(n, [&](auto get, auto put) KBS_INLINE_LAMBDA {
+    const V r = Any{recurrent}(get(x + units)), product = r * get(h_before);
+    put(rh, product);
+    if (record) put(record + units, r), put(record + 3 * units, product);
+  });
 }
 
-void gru_update(Activation activation, Activation recurrent, size_t n, const float* z, const float* hh,
-                const float* h_before, float* h) {
+void gru_update(Activation activation, Activation recurrent, size_t n, size_t units, const float* x,
+                const float* h_before, float* h, float* record) {
   with_activations(activation, recurrent, [&](auto f, auto g) KBS_INLINE_LAMBDA {
     for_units(n, [&](auto get, auto put) KBS_INLINE_LAMBDA {
-      const V gate = g(get(z));
-      put(h, gate * get(h_before) + (1.f - gate) * f(get(hh)));
+      const V z = g(get(x)), hh = f(get(x + 2 * units));
+      put(h, z * get(h_before) + (1.f - z) * hh);
+      if (record) put(record, z), put(record + 2 * units, hh);
     });
   });
 }
 
 // i, f, c, o beside each other: a holds x W + h U + b.
-void lstm_step(Activation activation, Activation recurrent, size_t n, size_t units, const float* a, float* c,
-               float* h) {
+void lstm_step(Activation activation, Activation recurrent, size_t n, size_t units, const float* a, float* c, float* h,
+               float* record) {
   with_activations(activation, recurrent, [&](auto f, auto g) KBS_INLINE_LAMBDA {
     for_units(n, [&](auto get, auto put) KBS_INLINE_LAMBDA {
-      const V carry = g(get(a + units)) * get(c) + g(get(a)) * f(get(a + 2 * units));
+      const V i = g(get(a)), forget = g(get(a + units)), candidate = f(get(a + 2 * units)), o = g(get(a + 3 * units));
+      const V carry = forget * get(c) + i * candidate;
       put(c, carry);
-      put(h, g(get(a + 3 * units)) * f(carry));
+      put(h, o * f(carry));
+      if (record) put(record, i), put(record + units, forget), put(record + 2 * units, candidate), put(record + 3 * units, o);
+    });
+  });
+}
+
+// ---- gradients --------------------------------------------------------------------------------------------------
+
+void simple_step_backward(Activation f, size_t units, const float* record, float* dh, float* da) {
+  for_units(units, [&](auto get, auto put) KBS_INLINE_LAMBDA {
+    put(da, get(dh) * Any{f}.derivative(get(record)));
+    put(dh, V{});
+  });
+}
+
+// What both kinds of GRU begin with: h' = z h + (1 - z) hh.
+template <class F, class G, class Get, class Put>
+KBS_INLINE V update_backward(F f, G g, size_t units, const float* record, float* dh, float* da, Get get, Put put) {
+  const V z = get(record), hh = get(record + 2 * units), h = get(record + 4 * units), d = get(dh);
+  const V da_h = d * (1.f - z) * f.derivative(hh);
+  put(da, d * (h - hh) * g.derivative(z));
+  put(da + 2 * units, da_h);
+  put(dh, d * z);
+  return da_h;
+}
+
+void gru_step_backward(Activation activation, Activation recurrent, size_t units, const float* record, float* dh,
+                       float* da) {
+  with_activations(activation, recurrent, [&](auto f, auto g) KBS_INLINE_LAMBDA {
+    for_units(units, [&](auto get, auto put) KBS_INLINE_LAMBDA {
+      const V r = get(record + units), a_h = get(record + 3 * units);
+      const V da_h = update_backward(f, g, units, record, dh, da, get, put);
+      put(da + units, da_h * a_h * g.derivative(r));
+      put(da + 3 * units, da_h * r);
+    });
+  });
+}
+
+void gru_update_backward(Activation activation, Activation recurrent, size_t units, const float* record, float* dh,
+                         float* da) {
+  with_activations(activation, recurrent, [&](auto f, auto g) KBS_INLINE_LAMBDA {
+    for_units(units, [&](auto get, auto put) KBS_INLINE_LAMBDA {
+      update_backward(f, g, units, record, dh, da, get, put);
+    });
+  });
+}
+
+void gru_reset_backward(Activation recurrent, size_t units, const float* record, const float* drh, float* dh, float* da) {
+  for_units(units, [&](auto get, auto put) KBS_INLINE_LAMBDA {
+    const V r = get(record + units), h = get(record + 4 * units), d = get(drh);
+    put(da + units, d * h * Any{recurrent}.derivative(r));
+    put(dh, get(dh) + d * r);
+  });
+}
+
+void lstm_step_backward(Activation activation, Activation recurrent, size_t units, const float* record, float* dh,
+                        float* dc, float* da) {
+  with_activations(activation, recurrent, [&](auto f, auto g) KBS_INLINE_LAMBDA {
+    for_units(units, [&](auto get, auto put) KBS_INLINE_LAMBDA {
+      const V i = get(record), forget = get(record + units), candidate = get(record + 2 * units);
+      const V o = get(record + 3 * units), c = get(record + 5 * units), d = get(dh);
+      const V output = f(forget * c + i * candidate);
+      const V d_carry = get(dc) + d * o * f.derivative(output);
+      put(da, d_carry * candidate * g.derivative(i));
+      put(da + units, d_carry * c * g.derivative(forget));
+      put(da + 2 * units, d_carry * i * f.derivative(candidate));
+      put(da + 3 * units, d * output * g.derivative(o));
+      put(dc, d_carry * forget);
+      put(dh, V{});
     });
   });
 }

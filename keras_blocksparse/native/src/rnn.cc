@@ -6,24 +6,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <vector>
 
-#include "matrix.h"
+#include "rnn.h"
 #include "threads.h"
-
-struct kbs_rnn {
-  kbs_cell cell;
-  kbs::Activation activation, recurrent_activation;
-  bool reset_after;
-  int64_t inputs, units, gates;
-  kbs::View kernel, recurrent;
-  std::vector<float> bias;  // empty if there is none
-};
 
 namespace kbs {
 namespace {
-
-size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // A part of the units, and where its strips are in the recurrent matrix's gates.
 struct Part {
@@ -32,7 +20,7 @@ struct Part {
 };
 
 // One thread's share of a group's sequence.
-class Sequence {
+class Sequence : Group {
  public:
   // What the threads of a group share.
   struct Shared {
@@ -43,10 +31,9 @@ class Sequence {
 
   Sequence(const Kernels& k, const kbs_rnn& rnn, const kbs_rnn_call& call, int64_t first, int samples, int thread,
            int threads, Barrier* barrier, char* workspace)
-      : k_(k), rnn_(rnn), call_(call), kernel_(with_values(rnn.kernel, call.kernel_values)),
-        recurrent_(with_values(rnn.recurrent, call.recurrent_values)), first_(first), samples_(samples),
-        thread_(thread), threads_(threads), barrier_(barrier), width_((size_t)(rnn.gates * rnn.units)),
-        part_(part(rnn, thread, threads)) {
+      : Group(rnn, call, first, samples), k_(k), kernel_(with_values(rnn.kernel, call.kernel_values)),
+        recurrent_(with_values(rnn.recurrent, call.recurrent_values)), thread_(thread), threads_(threads),
+        barrier_(barrier), width_((size_t)(rnn.gates * rnn.units)), part_(part(rnn, thread, threads)) {
     place(rnn, samples, workspace, &shared_);
     operand_space_ = workspace + shared_bytes(rnn, samples) + thread * own_bytes(rnn, samples);
     const float* bias = call.bias ? call.bias : rnn.bias.empty() ? nullptr : rnn.bias.data();
@@ -72,6 +59,7 @@ class Sequence {
       project(step, steps);
       for (int64_t s = 0; s < steps; s++) {
         float* x = shared_.x + (size_t)(s * samples_) * width_;
+        reserve_states(step + s);
         if (anything_at(step + s)) {
           switch (rnn_.cell) {
             case KBS_SIMPLE_RNN: simple_rnn(step + s, x); break;
@@ -141,18 +129,13 @@ class Sequence {
     if (threads_ > 1) barrier_->wait();
   }
 
-  int64_t time_of(int64_t step) const { return call_.go_backwards ? call_.steps - 1 - step : step; }
-  bool on(int b, int64_t step) const {
-    return !call_.mask || call_.mask[(first_ + b) * call_.steps + time_of(step)];
-  }
-  bool anything_at(int64_t step) const {
-    for (int b = 0; b < samples_; b++)
-      if (on(b, step)) return true;
-    return false;
-  }
   // This thread's part of sample b's state.
   float* mine(float* state, int b) const { return state + (size_t)(b * rnn_.units) + part_.first_unit; }
   const float* rows_of(const float* matrix, int b) const { return matrix + b * width_ + part_.first_unit; }
+  // And of its record of a step, if there is to be one.
+  float* record_of(int b, int64_t step) const {
+    return call_.reserve ? (float*)call_.reserve + row(b, step) * record_.floats + part_.first_unit : nullptr;
+  }
 
   void start() {
     for (int b = 0; b < samples_; b++) {
@@ -174,7 +157,7 @@ class Sequence {
     int n = 0;
     for (int64_t s = 0; s < steps; s++)
       for (int b = 0; b < samples_; b++)
-        rows[n++] = call_.x + ((first_ + b) * call_.steps + time_of(step + s)) * rnn_.inputs;
+        rows[n++] = call_.x + row(b, step + s) * rnn_.inputs;
     Operand x;
     make_operand(k_, kernel_, rows, n, operand_space_, &x);
     multiply(k_, kernel_, x, split_strips(kernel_, thread_, threads_), split_strips(kernel_, thread_ + 1, threads_),
@@ -195,6 +178,17 @@ class Sequence {
     }
   }
 
+  // The states before a step. What takes part in the products of the gradients must be there for a masked step too,
+  // where it meets zeros.
+  void reserve_states(int64_t step) {
+    for (int b = 0; call_.reserve && b < samples_; b++) {
+      float* record = record_of(b, step);
+      std::memcpy(record + record_.h, mine(shared_.h, b), part_.units * sizeof(float));
+      if (rnn_.cell == KBS_LSTM) std::memcpy(record + record_.c, mine(shared_.c, b), part_.units * sizeof(float));
+      if (rnn_.cell == KBS_GRU && !on(b, step)) std::memset(record + record_.a, 0, part_.units * sizeof(float));
+    }
+  }
+
   // Calls update(b) for each sample that has this step; the others keep their state.
   template <class Update>
   void each_sample(int64_t step, const Update& update) {
@@ -212,7 +206,7 @@ class Sequence {
     product(shared_.h, 0, 3, shared_.a, recurrent_bias_, false);
     each_sample(step, [&](int b) {
       k_.gru_step(rnn_.activation, rnn_.recurrent_activation, part_.units, (size_t)rnn_.units, rows_of(x, b),
-                  rows_of(shared_.a, b), mine(shared_.h, b), mine(shared_.h_next, b));
+                  rows_of(shared_.a, b), mine(shared_.h, b), mine(shared_.h_next, b), record_of(b, step));
     });
   }
 
@@ -220,19 +214,22 @@ class Sequence {
   void gru_reset_before(int64_t step, float* x) {
     product(shared_.h, 0, 2, x, nullptr, true);
     for (int b = 0; b < samples_; b++)
-      k_.gru_reset(rnn_.recurrent_activation, part_.units, rows_of(x, b) + rnn_.units, mine(shared_.h, b), mine(shared_.rh, b));
+      k_.gru_reset(rnn_.recurrent_activation, part_.units, (size_t)rnn_.units, rows_of(x, b), mine(shared_.h, b),
+                   mine(shared_.rh, b), on(b, step) ? record_of(b, step) : nullptr);
     meet();
     product(shared_.rh, 2, 3, x, nullptr, true);
     each_sample(step, [&](int b) {
-      k_.gru_update(rnn_.activation, rnn_.recurrent_activation, part_.units, rows_of(x, b),
-                    rows_of(x, b) + 2 * rnn_.units, mine(shared_.h, b), mine(shared_.h_next, b));
+      k_.gru_update(rnn_.activation, rnn_.recurrent_activation, part_.units, (size_t)rnn_.units, rows_of(x, b),
+                    mine(shared_.h, b), mine(shared_.h_next, b), record_of(b, step));
     });
   }
 
   // h' = f(x + h U)
   void simple_rnn(int64_t step, float* x) {
     product(shared_.h, 0, 1, x, nullptr, true);
-    each_sample(step, [&](int b) { k_.simple_step(rnn_.activation, part_.units, rows_of(x, b), mine(shared_.h_next, b)); });
+    each_sample(step, [&](int b) {
+      k_.simple_step(rnn_.activation, part_.units, rows_of(x, b), mine(shared_.h_next, b), record_of(b, step));
+    });
   }
 
   // c' = g(f) c + g(i) f(c~); h' = g(o) f(c')
@@ -240,20 +237,18 @@ class Sequence {
     product(shared_.h, 0, 4, x, nullptr, true);
     each_sample(step, [&](int b) {
       k_.lstm_step(rnn_.activation, rnn_.recurrent_activation, part_.units, (size_t)rnn_.units, rows_of(x, b),
-                   mine(shared_.c, b), mine(shared_.h_next, b));
+                   mine(shared_.c, b), mine(shared_.h_next, b), record_of(b, step));
     });
   }
 
   // The step's output. A masked step repeats the output before it, which is zero before the first one: Keras does so
   // even if there is an initial state.
   void finish_step(int64_t step) {
-    const bool last = step + 1 == call_.steps;
     for (int b = 0; b < samples_; b++) {
       const bool active = on(b, step);
       seen_[b] = seen_[b] || active;
-      if (!call_.return_sequences && !last) continue;
-      float* y = call_.y + ((first_ + b) * (call_.return_sequences ? call_.steps : 1) + (call_.return_sequences ? step : 0)) * rnn_.units +
-                 part_.first_unit;
+      if (!call_.y || !has_output(step)) continue;
+      float* y = call_.y + output_row(b, step) * rnn_.units + part_.first_unit;
       const bool zero = !active && (call_.zero_output_for_mask || !seen_[b]);
       if (zero) {
         std::memset(y, 0, part_.units * sizeof(float));
@@ -272,11 +267,8 @@ class Sequence {
   }
 
   const Kernels& k_;
-  const kbs_rnn& rnn_;
-  const kbs_rnn_call& call_;
   const View kernel_, recurrent_;
-  const int64_t first_;
-  const int samples_, thread_, threads_;
+  const int thread_, threads_;
   Barrier* const barrier_;
   const size_t width_;
   const Part part_;
@@ -285,6 +277,10 @@ class Sequence {
   char* operand_space_;
   const float *input_bias_, *recurrent_bias_;
 };
+
+bool known(int32_t activation) { return activation >= KBS_LINEAR && activation <= KBS_CLIPPED_RELU; }
+
+}  // namespace
 
 void run_rnn(const Kernels& k, const kbs_rnn& rnn, const kbs_rnn_call& call) {
   const int available = num_threads();
@@ -340,9 +336,16 @@ void run_rnn(const Kernels& k, const kbs_rnn& rnn, const kbs_rnn_call& call) {
   });
 }
 
-bool known(int32_t activation) { return activation >= KBS_LINEAR && activation <= KBS_CLIPPED_RELU; }
+kbs_status check_call(const kbs_rnn* rnn, const kbs_rnn_call* call) {
+  if (!rnn || !call) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+  if (call->batch < 0 || call->steps < 1)
+    return fail(KBS_INVALID_ARGUMENT, "a batch of %lld samples with %lld steps", (long long)call->batch, (long long)call->steps);
+  if (call->batch > 0 && !call->x) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+  if (!with_values(rnn->kernel, call->kernel_values).values || !with_values(rnn->recurrent, call->recurrent_values).values)
+    return no_values();
+  return KBS_OK;
+}
 
-}  // namespace
 }  // namespace kbs
 
 using kbs::fail;
@@ -394,12 +397,11 @@ void kbs_rnn_destroy(kbs_rnn* rnn) { delete rnn; }
 
 kbs_status kbs_rnn_run(const kbs_rnn* rnn, const kbs_rnn_call* call) {
   return guarded([&]() -> kbs_status {
-    if (!rnn || !call) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
-    if (call->batch < 0 || call->steps < 1)
-      return fail(KBS_INVALID_ARGUMENT, "a batch of %lld samples with %lld steps", (long long)call->batch, (long long)call->steps);
-    if (call->batch > 0 && (!call->x || !call->y)) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+    if (kbs_status status = kbs::check_call(rnn, call)) return status;
+    if (call->batch > 0 && !call->y) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     if ((call->initial_c || call->final_c) && rnn->cell != KBS_LSTM)
       return fail(KBS_INVALID_ARGUMENT, "only an LSTM has a carry state");
+    if (kbs_status status = call->reserve ? kbs::check_trainable(*rnn) : KBS_OK) return status;
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
     if (call->batch > 0) kbs::run_rnn(*k, *rnn, *call);

@@ -21,5 +21,10 @@ const Kernels KBS_TABLE = {
     KBS_ISA::gru_reset,
     KBS_ISA::gru_update,
     KBS_ISA::lstm_step,
+    KBS_ISA::simple_step_backward,
+    KBS_ISA::gru_step_backward,
+    KBS_ISA::gru_update_backward,
+    KBS_ISA::gru_reset_backward,
+    KBS_ISA::lstm_step_backward,
 };
 }  // namespace kbs
