@@ -18,7 +18,7 @@ from keras_blocksparse.sparse import BlockSparseMatrix, _native
 ROWS, COLS, SPARSITY = 2560, 7680, 0.9
 BLOCKS = ((16, 16), (4, 4), (8, 4), (4, 8), (8, 8), (32, 32))
 BATCHES, PEER_BATCHES = (1, 2, 4, 8, 16, 32), (1, 8, 32)
-SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
 # How far a product may be from the exact one, as a share of its largest value.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2, "int8": 2e-2}
 

@@ -28,6 +28,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def last_cache_bytes() -> int:
+    """Size of the largest cache, 32 MiB if the machine does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((1024 * int(path.read_text().strip().removesuffix("K")) for path in sizes), default=32 << 20)
+
+
 def machine(isa: str, packages: Iterable[str]) -> str:
     """One line on the processor and the versions, to stand beside every figure."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(packages), key=str.lower))
