@@ -114,7 +114,7 @@ class Bar:
         bar = self.text.format(f"{sign} {self.format(self.bound)}")
         if self.measured is None:
             return self.work, bar, "not measured", self.detail, "-"
-        verdict = "met" if self.met else f"MISSED, {self.shortfall():.0%} off"
+        verdict = "met" if self.met else f"MISSED, {100 * self.shortfall():.2g}% off"
         return self.work, bar, self.format(self.measured), self.detail, verdict
 
     def shortfall(self) -> float:
