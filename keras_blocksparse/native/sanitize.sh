@@ -13,11 +13,23 @@ build() {  # name, -fsanitize=
         tests/native/check.cc -o "$folder/$1/check" -L"$folder/$1" -lkbs "-Wl,-rpath,$folder/$1"
 }
 
+build_ops() {  # the same, for the TensorFlow ops
+    fake=$folder/$1/libtensorflow_framework.so.2
+    options="-std=c++17 -g -O1 -fsanitize=$2 -fno-sanitize-recover=all"
+    $compiler $options -shared -fPIC -Wl,-soname,libtensorflow_framework.so.2 -Ikeras_blocksparse/native/include \
+        -Ikeras_blocksparse/native/tf tests/native/check_ops.cc -o "$fake" -L"$folder/$1" -lkbs "-Wl,-rpath,$folder/$1"
+    $compiler $options -DKBS_MAIN tests/native/check_ops.cc -o "$folder/$1/check_ops" "$fake" "-Wl,-rpath,$folder/$1"
+}
+
 build address address,undefined
 for isa in $("$folder/address/check" isas); do
     echo "address, undefined behaviour: $isa"
     for what in results hostile threads; do KBS_ISA=$isa "$folder/address/check" $what; done
 done
+
+build_ops address address,undefined
+echo "address, undefined behaviour: TensorFlow ops"
+"$folder/address/check_ops" "$folder/address/libkbs_tf.so"
 
 build thread thread
 echo "threads:"

@@ -211,7 +211,7 @@ class Matmul {
     matrix_.check_values(values, "values");
     if (x.rank() < 1 || x.dim(x.rank() - 1) != rows)
       invalid("`x` must end with the matrix's %lld rows. Received: shape=%s", (long long)rows, x.shape_text().c_str());
-    if (bias.size() != 0 && (bias.rank() != 1 || bias.size() != cols))
+    if (bias.rank() != 1 || (bias.size() != 0 && bias.size() != cols))
       invalid("`bias` must have the matrix's %lld columns. Received: shape=%s", (long long)cols, bias.shape_text().c_str());
     std::vector<int64_t> shape = x.shape();
     shape.back() = cols;
