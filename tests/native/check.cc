@@ -62,6 +62,14 @@ struct Matrix {
   }
   ~Matrix() { kbs_matrix_destroy(handle); }
   double at(int64_t r, int64_t c) const { return dense[(size_t)(r * cols + c)]; }
+  // A dense matrix's elements in the order of the packed values.
+  std::vector<double> as_values(const std::vector<double>& w) const {
+    std::vector<int64_t> positions((size_t)info.values_bytes / 4);
+    must(kbs_positions(packed.data(), info.bytes, positions.data()));
+    std::vector<double> values;
+    for (int64_t at : positions) values.push_back(at < 0 ? 0 : w[(size_t)at]);
+    return values;
+  }
 };
 
 void compare(const char* what, const Matrix& m, int64_t batch, const Floats& got, const std::vector<double>& expected) {
@@ -103,49 +111,129 @@ void check_products(const Matrix& m, int64_t batch) {
   must(kbs_matmul_transposed(m.handle, nullptr, dy.data(), m.cols, batch, got.data(), m.rows));
   compare("dy W^T", m, batch, got, dx);
   if (m.info.dtype != KBS_FLOAT32) return;
-  std::vector<int64_t> positions((size_t)m.info.values_bytes / 4);
-  got.assign(positions.size(), 0);
-  must(kbs_positions(m.packed.data(), m.info.bytes, positions.data()));
+  got.assign((size_t)m.info.values_bytes / 4, 0);
   must(kbs_sampled_product(m.handle, x.data(), m.rows, dy.data(), m.cols, batch, 0, got.data()));
-  std::vector<double> expected;
-  for (int64_t at : positions) expected.push_back(at < 0 ? 0 : dw[(size_t)at]);
-  compare("x^T dy", m, batch, got, expected);
+  compare("x^T dy", m, batch, got, m.as_values(dw));
 }
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-void check_gru(int64_t batch, int64_t inputs, int64_t units, int64_t steps) {
-  const Matrix kernel(inputs, 3 * units, 3, 4, 4, KBS_FLOAT32), recurrent(units, 3 * units, 3, 4, 4, KBS_FLOAT32);
-  const Floats bias = random_floats((size_t)(6 * units)), x = random_floats((size_t)(batch * steps * inputs));
+// A layer with Keras's default activations, in double.
+struct Layer {
+  int cell;
+  bool reset_after;
+  int64_t batch, steps, inputs, units, gates;
+  std::vector<uint8_t> mask;
+  std::vector<double> x, h, c, kernel, recurrent, bias;  // h and c: the initial states
+
+  // (batch, steps, units)
+  std::vector<double> outputs() const {
+    const size_t u = (size_t)units;
+    std::vector<double> y((size_t)(batch * steps) * u);
+    for (size_t b = 0; b < (size_t)batch; b++) {
+      std::vector<double> state(&h[b * u], &h[b * u] + u), carry;
+      if (cell == KBS_LSTM) carry.assign(&c[b * u], &c[b * u] + u);
+      bool seen = false;
+      for (size_t t = 0; t < (size_t)steps; t++) {
+        const size_t row = b * (size_t)steps + t;
+        if (mask[row]) step(row, &state, &carry), seen = true;
+        for (size_t i = 0; seen && i < u; i++) y[row * u + i] = state[i];
+      }
+    }
+    return y;
+  }
+
+  void step(size_t row, std::vector<double>* state, std::vector<double>* carry) const {
+    const size_t u = (size_t)units, width = (size_t)gates * u, n = (size_t)inputs;
+    std::vector<double> before = *state, a(width), r(width);
+    for (size_t col = 0; col < width; col++) {
+      a[col] = bias[col], r[col] = bias.size() > width ? bias[width + col] : 0;
+      for (size_t i = 0; i < n; i++) a[col] += x[row * n + i] * kernel[i * width + col];
+      for (size_t i = 0; i < u; i++) r[col] += before[i] * recurrent[i * width + col];
+    }
+    if (cell == KBS_GRU && !reset_after)
+      for (size_t col = 2 * u; col < width; col++) {
+        r[col] = 0;
+        for (size_t i = 0; i < u; i++) r[col] += sigmoid(a[u + i] + r[u + i]) * before[i] * recurrent[i * width + col];
+      }
+    for (size_t i = 0; i < u; i++) {
+      const auto sum = [&](size_t gate) { return a[gate * u + i] + r[gate * u + i]; };
+      double& state_ = (*state)[i];
+      if (cell == KBS_SIMPLE_RNN) {
+        state_ = std::tanh(sum(0));
+      } else if (cell == KBS_GRU) {
+        const double z = sigmoid(sum(0)), reset = reset_after ? sigmoid(sum(1)) : 1;
+        state_ = z * state_ + (1 - z) * std::tanh(a[2 * u + i] + reset * r[2 * u + i]);
+      } else {
+        double& c_ = (*carry)[i];
+        c_ = sigmoid(sum(1)) * c_ + sigmoid(sum(0)) * std::tanh(sum(2));
+        state_ = sigmoid(sum(3)) * std::tanh(c_);
+      }
+    }
+  }
+
+  // The gradient of sum(outputs * dy) with respect to one of its members, by differences.
+  std::vector<double> gradient(std::vector<double> Layer::*member, const Floats& dy) {
+    std::vector<double> out;
+    const auto loss_at = [&](size_t i, double value) {
+      std::vector<double>& values = this->*member;
+      std::swap(values[i], value);
+      const std::vector<double> y = outputs();
+      std::swap(values[i], value);
+      double loss = 0;
+      for (size_t j = 0; j < y.size(); j++) loss += y[j] * dy[j];
+      return loss;
+    };
+    for (size_t i = 0; i < (this->*member).size(); i++) {
+      const double value = (this->*member)[i], small = 1e-4;
+      out.push_back((loss_at(i, value + small) - loss_at(i, value - small)) / (2 * small));
+    }
+    return out;
+  }
+};
+
+void check_layer(int cell, bool reset_after, int64_t batch, bool reserving) {
+  const int64_t inputs = 5, units = 7, steps = 4, gates = cell == KBS_SIMPLE_RNN ? 1 : cell == KBS_GRU ? 3 : 4;
+  const Matrix kernel(inputs, gates * units, gates, 4, 4, KBS_FLOAT32), recurrent(units, gates * units, gates, 4, 4, KBS_FLOAT32);
+  const Floats bias = random_floats((size_t)(gates * units * (cell == KBS_GRU && reset_after ? 2 : 1)));
+  const Floats x = random_floats((size_t)(batch * steps * inputs)), dy = random_floats((size_t)(batch * steps * units));
+  const Floats h = random_floats((size_t)(batch * units)), c = random_floats(cell == KBS_LSTM ? h.size() : 0);
+  std::vector<uint8_t> mask((size_t)(batch * steps));
+  for (uint8_t& on : mask) on = std::rand() % 4 != 0;
+  const auto wide = [](const Floats& v) { return std::vector<double>(v.begin(), v.end()); };
+  Layer layer{cell, reset_after, batch, steps, inputs, units, gates, mask, wide(x), wide(h), wide(c), wide(kernel.dense),
+              wide(recurrent.dense), wide(bias)};
+
   kbs_rnn_config config{};
-  config.cell = KBS_GRU, config.activation = KBS_TANH, config.recurrent_activation = KBS_SIGMOID, config.reset_after = 1;
+  config.cell = cell, config.activation = KBS_TANH, config.recurrent_activation = KBS_SIGMOID, config.reset_after = reset_after;
   config.kernel = kernel.handle, config.recurrent = recurrent.handle, config.bias = bias.data();
   kbs_rnn* rnn;
   must(kbs_rnn_create(&config, &rnn));
-  Floats y((size_t)(batch * units));
+  int64_t bytes;
+  must(kbs_rnn_reserve_bytes(rnn, batch, steps, &bytes));
+  Floats y(dy.size()), reserve((size_t)bytes / 4);
   kbs_rnn_call call{};
-  call.batch = batch, call.steps = steps, call.x = x.data(), call.y = y.data();
+  call.batch = batch, call.steps = steps, call.x = x.data(), call.mask = mask.data(), call.initial_h = h.data();
+  call.initial_c = c.empty() ? nullptr : c.data(), call.return_sequences = 1, call.y = y.data();
+  call.reserve = reserving ? reserve.data() : nullptr;
   must(kbs_rnn_run(rnn, &call));
-  kbs_rnn_destroy(rnn);
-  std::vector<double> h((size_t)(batch * units));
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t t = 0; t < steps; t++) {
-      std::vector<double> a((size_t)(3 * units)), u((size_t)(3 * units));
-      for (int64_t c = 0; c < 3 * units; c++) {
-        a[(size_t)c] = bias[(size_t)c], u[(size_t)c] = bias[(size_t)(3 * units + c)];
-        for (int64_t r = 0; r < inputs; r++) a[(size_t)c] += x[(size_t)((b * steps + t) * inputs + r)] * kernel.at(r, c);
-        for (int64_t r = 0; r < units; r++) u[(size_t)c] += h[(size_t)(b * units + r)] * recurrent.at(r, c);
-      }
-      for (int64_t i = 0; i < units; i++) {
-        const double z = sigmoid(a[(size_t)i] + u[(size_t)i]), r = sigmoid(a[(size_t)(units + i)] + u[(size_t)(units + i)]);
-        const double hh = std::tanh(a[(size_t)(2 * units + i)] + r * u[(size_t)(2 * units + i)]);
-        double& state = h[(size_t)(b * units + i)];
-        state = z * state + (1 - z) * hh;
-      }
-    }
-  compare("GRU", recurrent, batch, y, h);
-}
+  compare("outputs", recurrent, batch, y, layer.outputs());
 
+  Floats dx(x.size()), dh(h.size()), dc(c.size()), dbias(bias.size());
+  Floats dkernel((size_t)kernel.info.values_bytes / 4), drecurrent((size_t)recurrent.info.values_bytes / 4);
+  kbs_rnn_gradients gradients{};
+  gradients.dy = dy.data(), gradients.dx = dx.data(), gradients.dinitial_h = dh.data(), gradients.dbias = dbias.data();
+  gradients.dinitial_c = c.empty() ? nullptr : dc.data();
+  gradients.dkernel_values = dkernel.data(), gradients.drecurrent_values = drecurrent.data();
+  must(kbs_rnn_backward(rnn, &call, &gradients));
+  kbs_rnn_destroy(rnn);
+  compare("dx", recurrent, batch, dx, layer.gradient(&Layer::x, dy));
+  compare("dinitial_h", recurrent, batch, dh, layer.gradient(&Layer::h, dy));
+  compare("dinitial_c", recurrent, batch, dc, layer.gradient(&Layer::c, dy));
+  compare("dbias", recurrent, batch, dbias, layer.gradient(&Layer::bias, dy));
+  compare("dkernel", kernel, batch, dkernel, kernel.as_values(layer.gradient(&Layer::kernel, dy)));
+  compare("drecurrent", recurrent, batch, drecurrent, recurrent.as_values(layer.gradient(&Layer::recurrent, dy)));
+}
 
 // ---- hostile buffers ------------------------------------------------------------------------------------------
 
@@ -249,20 +337,32 @@ void check_threads() {
     must(kbs_rnn_create(&config, &rnns[after]));
   }
   const Floats x = random_floats(40 * 1000), sequence = random_floats(40 * 6 * 40);
+  Floats recurrent((size_t)m.info.values_bytes / 4);  // small, or rounding would grow from step to step
+  std::memcpy(recurrent.data(), m.packed.data() + m.info.values_offset, (size_t)m.info.values_bytes);
+  for (float& w : recurrent) w *= 0.05f;
   const auto work = [&](int64_t batch, int kind) {
     Floats y((size_t)(batch * 3000));
     if (kind == 2) {
       must(kbs_matmul(m.handle, nullptr, x.data(), 1000, batch, nullptr, 0, y.data(), 3000));
-    } else {
-      kbs_rnn_call call{};
-      call.batch = batch, call.steps = 6, call.x = sequence.data(), call.y = y.data();
-      must(kbs_rnn_run(rnns[kind], &call));
+      return y;
     }
+    kbs_rnn_call call{};
+    call.batch = batch, call.steps = 6, call.x = sequence.data(), call.y = y.data();
+    call.recurrent_values = recurrent.data();
+    must(kbs_rnn_run(rnns[kind % 3], &call));
+    if (kind < 3) return y;
+    kbs_rnn_gradients gradients{};
+    Floats dkernel((size_t)kernel.info.values_bytes / 4), drecurrent((size_t)m.info.values_bytes / 4);
+    Floats dx((size_t)(batch * 6 * 40));
+    gradients.dfinal_h = x.data(), gradients.dx = dx.data();
+    gradients.dkernel_values = dkernel.data(), gradients.drecurrent_values = drecurrent.data();
+    must(kbs_rnn_backward(rnns[kind % 3], &call, &gradients));
+    for (const Floats* part : {&dx, &dkernel, &drecurrent}) y.insert(y.end(), part->begin(), part->end());
     return y;
   };
   must(kbs_set_num_threads(1));
   std::vector<Floats> expected;
-  for (int kind = 0; kind < 3; kind++)
+  for (int kind = 0; kind < 5; kind++)
     for (int64_t batch : batches) expected.push_back(work(batch, kind));
   must(kbs_set_num_threads(0));
   const auto same = [&](int i) {
@@ -275,12 +375,12 @@ void check_threads() {
   std::vector<int> wrong(4);
   for (int c = 0; c < 4; c++)
     callers.emplace_back([&, c] {
-      for (int i = 0; i < 36; i++) wrong[(size_t)c] += !same((i * (c + 1) + c) % 9);
+      for (int i = 0; i < 36; i++) wrong[(size_t)c] += !same((i * (c + 1) + c) % 15);
     });
   for (auto& caller : callers) caller.join();
   for (int w : wrong) failures += w;
 #if !defined(__SANITIZE_THREAD__)  // which does not follow a fork of many threads
-  for (int i = 0; i < 9; i++) {
+  for (int i = 0; i < 15; i++) {
     const pid_t child = fork();
     if (child == 0) _exit(same(i) && same(2) ? 0 : 1);
     int status;
@@ -301,7 +401,10 @@ void check_results() {
       const Matrix m(45, 3 * 37, 3, block[0], block[1], dtype);
       for (int64_t batch : {1, 2, 3, 4, 7, 13, 33}) check_products(m, batch);
     }
-  for (int64_t batch : {1, 6}) check_gru(batch, 10, 22, 5);
+  for (int64_t batch : {1, 6, 17})
+    for (int cell = KBS_SIMPLE_RNN; cell <= KBS_LSTM; cell++)
+      for (bool reset_after : {false, true})
+        for (bool reserving : {false, true}) check_layer(cell, reset_after, batch, reserving);
   std::printf("%s: %d wrong\n", isa, failures);
 }
 

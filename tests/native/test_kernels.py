@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keras_blocksparse.sparse import BlockSparseMatrix, _native
-from tests.native.reference import activate, matmul, matmul_transposed, pruned, quantized, sampled_product
+from tests.native.reference import activate, guarded, matmul, matmul_transposed, pruned, quantized, sampled_product
 
 BLOCK_SIZES = [
     (1, 1), (1, 4), (4, 1), (2, 2), (3, 5), (5, 3), (4, 4), (8, 4), (4, 8), (7, 7), (12, 2), (1, 16), (16, 1), (8, 8),
@@ -189,3 +189,21 @@ def test_activations_of_any_length(isa, n):
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="unknown activation 17"):
         _native.call("kbs_activate", 17, 0.0, None, 0, None)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 31])
+def test_products_read_nothing_behind_the_end(isa, width):
+    rng = np.random.default_rng(1)
+    for height in (1, 3, 16):
+        matrix = BlockSparseMatrix.from_dense(pruned(rng, 37, 62, (height, width), 1, 0.7), (height, width))
+        for batch in (1, 3, 8, 33):
+            x, dy = (
+                guarded(rng.standard_normal((batch, 37), np.float32)),
+                guarded(rng.standard_normal((batch, 62), np.float32)),
+            )
+            matmul(matrix, x, guarded(np.zeros_like(dy)), guarded(rng.standard_normal(62, np.float32)))
+            dense = matrix.to_dense()
+            np.testing.assert_allclose(matmul_transposed(matrix, dy), dy @ dense.T, atol=1e-4)
+            got = sampled_product(matrix, x, dy, guarded(np.zeros_like(matrix.values)))
+            expected = (x.T @ dy).reshape(-1)[matrix.positions]
+            np.testing.assert_allclose(got, np.where(matrix.positions < 0, 0, expected), atol=1e-4)

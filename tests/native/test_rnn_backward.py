@@ -147,7 +147,7 @@ def test_every_activation(cell, reset_after, activation):
         check(cell, reset_after, dense, 4, 5, (3, 3), activation=activation, recurrent_activation=recurrent)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=200, derandomize=True)
 @given(data=st.data())
 def test_any_layer(data):
     # Gates that are no fractions let small differences grow with the steps: those have a test of their own.
@@ -254,6 +254,13 @@ def test_a_layer_may_get_its_bias_from_the_call_alone():
     per_call = RNN("gru", *weights("gru", 6, 9, (3, 3)), block_size=(3, 3), per_call=True)
     for name, got in gradients(per_call, 4, 5).items():
         np.testing.assert_array_equal(got, gradients(layer, 4, 5)[name])
+
+
+@pytest.mark.parametrize("per_call", [False, True])
+def test_matrices_may_have_no_blocks_at_all(per_call):
+    kernel, recurrent, bias = weights("gru", 6, 9, (3, 3))
+    check("gru", True, (0 * kernel, recurrent, bias), 4, 5, (3, 3), per_call=per_call)
+    check("gru", True, (kernel, 0 * recurrent, bias), 4, 5, (3, 3), per_call=per_call)
 
 
 def test_values_must_come_from_somewhere():

@@ -610,10 +610,11 @@ void strip_sampled(const View& view, const Strip& strip, const float* x, size_t 
   constexpr int kTiles = 8 / kParts;
   const int32_t* index = view.index + strip.first_run;
   float* out = dvalues + strip.first_tile * kTile;
-  // dy of the strip's columns, as often as a tile has rows.
+  // dy of the strip's columns, as often as a tile has rows. Copied by memcpy: GCC 12 makes vectors of single elements
+  // that it reads behind the last row for.
   float wide[64][kTile];
   for (int b = 0; b < n; b++)
-    for (uint32_t i = 0; i < kTile; i++) wide[b][i] = dy[b * dy_stride + strip.col + i % W];
+    for (uint32_t i = 0; i < kTile; i += W) std::memcpy(&wide[b][i], dy + b * dy_stride + strip.col, W * sizeof(float));
   const uint32_t run_tiles = strip.run / q;
   const uint32_t tiles = run_tiles ? strip.runs * run_tiles : strip.runs / q;
   for (uint32_t t = 0; t < tiles; t += kTiles) {

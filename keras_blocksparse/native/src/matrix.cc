@@ -189,6 +189,7 @@ void sampled_product(const Kernels& k, const View& view, size_t begin, size_t en
   }
 }
 
+bool lacks_values(const View& view) { return !view.values && values_bytes(*view.header) > 0; }
 kbs_status no_values() { return fail(KBS_INVALID_ARGUMENT, "the matrix is a structure without values, and none were given"); }
 
 }  // namespace kbs
@@ -236,7 +237,7 @@ kbs_status kbs_matmul(const kbs_matrix* matrix, const void* values, const float*
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
     const kbs::View view = kbs::with_values(matrix->view, values);
-    if (!view.values) return kbs::no_values();
+    if (kbs::lacks_values(view)) return kbs::no_values();
     if (batch > 0) kbs::matmul(*k, view, x, (size_t)x_stride, batch, bias, accumulate != 0, y, (size_t)y_stride);
     return KBS_OK;
   });
@@ -252,7 +253,7 @@ kbs_status kbs_matmul_transposed(const kbs_matrix* matrix, const void* values, c
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;
     const kbs::View view = kbs::with_values(matrix->view, values);
-    if (!view.values) return kbs::no_values();
+    if (kbs::lacks_values(view)) return kbs::no_values();
     if (batch > 0) kbs::matmul_transposed(*k, view, dy, (size_t)dy_stride, batch, dx, (size_t)dx_stride);
     return KBS_OK;
   });
@@ -264,7 +265,7 @@ kbs_status kbs_sampled_product(const kbs_matrix* matrix, const float* x, int64_t
     if (!matrix) return fail(KBS_INVALID_ARGUMENT, "no matrix was given");
     const kbs::Header& h = *matrix->view.header;
     if (kbs_status status = kbs::check_matmul(x, x_stride, h.rows, dy, dy_stride, h.cols, batch)) return status;
-    if (!dvalues) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+    if (!dvalues && kbs::values_bytes(h) > 0) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     if (h.dtype != KBS_FLOAT32) return fail(KBS_UNSUPPORTED, "gradients are those of float32 values");
     const kbs::Kernels* k = kbs::kernels();
     if (!k) return KBS_UNSUPPORTED;

@@ -51,7 +51,8 @@ size_t row_stride(const Header& header);
 // The first strip of part `index` of `parts` with equal work, of strips [begin, end) or of all.
 size_t split_strips(const View& view, size_t begin, size_t end, int index, int parts);
 size_t split_strips(const View& view, int index, int parts);
-// The error of a structure that was given no values.
+// Whether a structure was given no values, though it has blocks; and the error.
+bool lacks_values(const View& view);
 kbs_status no_values();
 // What a product with so many rows takes one thread, roughly; decides whether threads are worth waking.
 double estimated_us(const View& view, int64_t rows);

@@ -431,10 +431,10 @@ kbs_status kbs_kept_blocks(const void* packed, int64_t bytes, uint8_t* keep) {
 
 kbs_status kbs_positions(const void* packed, int64_t bytes, int64_t* positions) {
   return guarded([&]() -> kbs_status {
-    if (!positions) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     kbs::View view;
     if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
     const kbs::Header& h = *view.header;
+    if (!positions && h.tiles > 0) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     if (h.dtype != KBS_FLOAT32) return fail(KBS_UNSUPPORTED, "positions are those of float32 values");
     std::fill(positions, positions + h.tiles * kbs::kTile, int64_t{-1});
     kbs::for_each_element(view, [&](uint32_t r, uint32_t c, uint64_t at) { positions[at / 4] = (int64_t)r * h.cols + c; });

@@ -341,7 +341,8 @@ kbs_status check_call(const kbs_rnn* rnn, const kbs_rnn_call* call) {
   if (call->batch < 0 || call->steps < 1)
     return fail(KBS_INVALID_ARGUMENT, "a batch of %lld samples with %lld steps", (long long)call->batch, (long long)call->steps);
   if (call->batch > 0 && !call->x) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
-  if (!with_values(rnn->kernel, call->kernel_values).values || !with_values(rnn->recurrent, call->recurrent_values).values)
+  if (lacks_values(with_values(rnn->kernel, call->kernel_values)) ||
+      lacks_values(with_values(rnn->recurrent, call->recurrent_values)))
     return no_values();
   return KBS_OK;
 }
