@@ -364,7 +364,9 @@ def main() -> None:
         from benchmarks._pictures import Bars, layer_pictures
 
         groups = [
-            Bars(result.setting.name, {name: 1e3 * seconds for name, seconds in result.times.items()})
+            Bars(
+                result.setting.name, {name: 1e3 * seconds for name, seconds in result.times.items() if name != NOTHING}
+            )
             for result in results
         ]
         pictures = layer_pictures(groups, output)
