@@ -176,6 +176,7 @@ def layer_pictures(groups: Sequence[Bars], folder: Path) -> dict[str, str]:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     _finish(figure, folder / "layers.svg", legend=False)
-    return {
-        "layers.svg": "A whole layer, one call, on one thread where not said otherwise; shorter is better, and the scale is logarithmic."
-    }
+    text = (
+        "A whole layer, one call, on one thread where not said otherwise. Shorter is better; the scale is logarithmic."
+    )
+    return {"layers.svg": text}

@@ -260,7 +260,7 @@ def main() -> None:
     if output:
         from benchmarks._pictures import kernel_pictures
 
-        command = "python -m benchmarks.kernels"
+        command = "python -m benchmarks.kernels" + " --quick" * options.quick + " --opus DIR" * bool(options.opus)
         pictures = kernel_pictures(bench, output)
         write(output / "kernels.md", page("Products", command, lead, facts, tables, pictures))
 

@@ -364,13 +364,12 @@ def main() -> None:
         from benchmarks._pictures import Bars, layer_pictures
 
         groups = [
-            Bars(
-                result.setting.name, {name: 1e3 * seconds for name, seconds in result.times.items() if name != NOTHING}
-            )
+            Bars(result.setting.name, {name: 1e3 * s for name, s in result.times.items() if name != NOTHING})
             for result in results
         ]
+        command = "python -m benchmarks.layers" + " --quick" * options.quick
         pictures = layer_pictures(groups, output)
-        write(output / "layers.md", page("Layers", "python -m benchmarks.layers", lead, facts, tables, pictures))
+        write(output / "layers.md", page("Layers", command, lead, facts, tables, pictures))
 
 
 if __name__ == "__main__":
