@@ -13,7 +13,22 @@ from keras_blocksparse.pruning import Pruner, prune_low_magnitude_block, sparsit
 from keras_blocksparse.regularizers import GroupLassoRegularizer
 from keras_blocksparse.report import SparsityReport, sparsity_report
 from keras_blocksparse.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule, ThresholdRamp
-from keras_blocksparse.sparse import BlockSparseMatrix, block_sparse_matmul, get_isa, register_ops, set_num_threads
+from keras_blocksparse.sparse import (
+    BlockSparseDense,
+    BlockSparseGRU,
+    BlockSparseLSTM,
+    BlockSparseMatrix,
+    BlockSparseSimpleRNN,
+    BlockStructure,
+    ConversionReport,
+    block_sparse_matmul,
+    conversion_report,
+    get_isa,
+    register_ops,
+    set_num_threads,
+    to_block_sparse,
+    to_dense,
+)
 
 __version__ = "0.1.0"
 
@@ -21,8 +36,14 @@ __all__ = [
     "ERK",
     "BlockGrid",
     "BlockPruning",
+    "BlockSparseDense",
+    "BlockSparseGRU",
+    "BlockSparseLSTM",
     "BlockSparseMatrix",
+    "BlockSparseSimpleRNN",
+    "BlockStructure",
     "ConstantSparsity",
+    "ConversionReport",
     "Distribution",
     "ExportError",
     "ExportReport",
@@ -39,6 +60,7 @@ __all__ = [
     "Uniform",
     "UpdatePruningStep",
     "block_sparse_matmul",
+    "conversion_report",
     "export_tflite",
     "get_isa",
     "plot_masks",
@@ -49,4 +71,6 @@ __all__ = [
     "sparsity",
     "sparsity_report",
     "strip_pruning",
+    "to_block_sparse",
+    "to_dense",
 ]

@@ -66,6 +66,8 @@ class PrunableLayer:
     weights: ClassVar[tuple[PrunableWeight, ...]] = ()
     #: Whether a model's layers of this kind are pruned when no `filters` are given.
     by_default: ClassVar[bool] = True
+    #: Whether the weights are there in whole. Of block-sparse layers only blocks are: nothing to prune, or to report.
+    dense: ClassVar[bool] = True
 
     def __init__(self, layer: Any, path: str | None = None) -> None:
         self.layer = layer
@@ -294,6 +296,13 @@ def find_prunable_layers(root: Any, filters: Filters = None, everything: bool = 
             if any(map(adapted.picks, [None, *_known_specs(adapted)])) and (adapted.by_default or named or everything):
                 found.append(adapted)
     return found
+
+
+def refuse_block_sparse(layers: Sequence[PrunableLayer]) -> None:
+    """Raises ValueError if a layer's weights are not there in whole."""
+    for layer in layers:
+        if not layer.dense:
+            layer.get_weight_specs()
 
 
 def _known_specs(adapted: PrunableLayer) -> tuple[PrunableWeight, ...]:

@@ -13,7 +13,13 @@ import numpy as np
 
 from keras_blocksparse import blocks, distributions
 from keras_blocksparse.constraints import BlockPruning, PruningSettings, checked_value, pruning_of
-from keras_blocksparse.prunable import Filters, PrunableLayer, PrunableWeight, find_prunable_layers
+from keras_blocksparse.prunable import (
+    Filters,
+    PrunableLayer,
+    PrunableWeight,
+    find_prunable_layers,
+    refuse_block_sparse,
+)
 from keras_blocksparse.regularizers import DrivenGroupLasso, GroupLassoRegularizer
 from keras_blocksparse.schedules import ThresholdRamp
 from keras_blocksparse.variables import to_numpy, updates_of
@@ -77,7 +83,7 @@ def prune_low_magnitude_block(
 
     Raises:
         ValueError: an argument is out of range, nothing in `to_prune` can be pruned, `filters` match nothing, a block
-            is larger than every weight, or a weight holds NaN.
+            is larger than every weight, a weight holds NaN, or a layer is block-sparse already.
         TypeError: an argument is of the wrong type.
         RuntimeError: Keras runs on another backend than TensorFlow.
     """
@@ -100,6 +106,7 @@ def prune_low_magnitude_block(
     lasso = _lasso_template(group_lasso, settings.block_size)
     _check_overrides(settings)
     layers = _layers_to_prune(to_prune, filters)
+    refuse_block_sparse(layers)
     weights, refusals = _weights_to_prune(layers)
     for _, pairs, _ in weights:
         for _, variable in pairs:
@@ -150,7 +157,7 @@ def sparsity(model: Any) -> float:
         model: built Keras model or layer, or a list of either.
 
     Raises:
-        ValueError: no prunable layer is built.
+        ValueError: no prunable layer is built, or one is block-sparse.
     """
     variables = [variable for _, _, variable in pruned_or_prunable_weights(model)]
     zeros = sum(int(np.count_nonzero(to_numpy(v) == 0)) for v in variables)
@@ -161,9 +168,10 @@ def pruned_or_prunable_weights(model: Any) -> list[tuple[PrunableLayer, Prunable
     """Layer, weight and variable of all that is being pruned, or, if nothing is, of all that could be by default.
 
     Raises:
-        ValueError: no prunable layer is built.
+        ValueError: no prunable layer is built, or one is block-sparse.
     """
     layers = find_prunable_layers(model, everything=True)
+    refuse_block_sparse(layers)
     weights = [(layer, spec, variable) for layer in layers for spec, variable in _built_weights(layer)]
     pruned = [weight for weight in weights if (c := pruning_of(weight[2])) is not None and not c.skipped]
     weights = pruned or [weight for weight in weights if weight[0].by_default or not isinstance(model, keras.Model)]

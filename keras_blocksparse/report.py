@@ -7,7 +7,7 @@ import dataclasses
 import html
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_blocksparse.blocks import BlockGrid, BlockSize, check_block_size, infer_block_size
 from keras_blocksparse.constraints import pruning_of
-from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, find_prunable_layers
+from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, find_prunable_layers, refuse_block_sparse
 from keras_blocksparse.variables import to_numpy
 
 
@@ -210,18 +210,9 @@ class SparsityReport:
         return f"<style>{_STYLE}</style>{self._table_html()}"
 
     def __str__(self) -> str:
-        lines = [_HEADINGS] + [cells for _, cells in self._lines()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                c.ljust(w) if i < _LEFT else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        rule = "-" * max(map(len, text))
-        text.insert(1, rule)
-        text.insert(-2, rule)
-        return "\n".join(line.rstrip() for line in text + list(self.notes))
+        text = text_table([_HEADINGS] + [cells for _, cells in self._lines()], _LEFT)
+        text.insert(-2, text[1])
+        return "\n".join([*text, *self.notes])
 
     __repr__ = __str__
 
@@ -270,7 +261,8 @@ def sparsity_report(model: Any, block_size: BlockSize | None = None) -> Sparsity
         A `SparsityReport`.
 
     Raises:
-        ValueError: the model is not built yet, it has no prunable layer, or `block_size` is not a pair of sizes.
+        ValueError: the model is not built yet, it has no prunable layer, it has block-sparse ones, or `block_size` is
+            not a pair of sizes.
         TypeError: `model` is no Keras model or layer.
     """
     if block_size is not None:
@@ -278,6 +270,7 @@ def sparsity_report(model: Any, block_size: BlockSize | None = None) -> Sparsity
     layers = find_prunable_layers(model, everything=True)
     if not layers:
         raise ValueError(f"There is no prunable layer in {model!r}")
+    refuse_block_sparse(layers)
     weights: list[WeightSparsity] = []
     notes: list[str] = []
     for layer in layers:
@@ -381,6 +374,17 @@ _HEADINGS = (
     "weight", "gate", "shape", "block", "sparsity", "blocks kept", "parameters kept", "dead inputs", "dead outputs",
 )  # fmt: skip
 _LEFT = 2  # columns of words; the rest are numbers and stand to the right
+
+
+def text_table(lines: Sequence[tuple[str, ...]], left: int) -> list[str]:
+    """Rows of cells as lines of text, a rule under the first; columns from `left` on are numbers."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    text.insert(1, "-" * max(map(len, text)))
+    return [line.rstrip() for line in text]
 
 
 def _cells(row: SparsityRow) -> tuple[str, ...]:

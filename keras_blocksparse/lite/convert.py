@@ -79,6 +79,11 @@ def check_model(model: Any) -> None:
             f"Received: {model!r}"
         )
     for layer in model._flatten_layers():
+        if hasattr(layer, "kernel_structure"):
+            raise ValueError(
+                f"Layer {layer.name!r} is block-sparse, and TFLite has no such operation. Export kbs.to_dense(model), "
+                "whose zeros are kept out of the file too"
+            )
         policy = getattr(getattr(layer, "dtype_policy", None), "name", "float32")
         if policy.startswith(("int", "float8")):
             raise ValueError(

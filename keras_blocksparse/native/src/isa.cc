@@ -11,9 +11,11 @@
 
 namespace kbs {
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Vnni;
+extern const Kernels kAvx2, kAvx512;
+extern const Int8Kernels kAvx512Vnni;
 #elif defined(__aarch64__)
-extern const Kernels kNeon, kNeonDot;
+extern const Kernels kNeon;
+extern const Int8Kernels kNeonDot;
 #endif
 extern const Kernels kBaseline;
 
@@ -23,6 +25,13 @@ struct Candidate {
   const Kernels* kernels;
   bool runs;
 };
+
+Kernels with_int8(Kernels kernels, const Int8Kernels& int8) {
+  kernels.name = int8.name;
+  kernels.matmul_rows_i8 = int8.matmul_rows_i8;
+  kernels.quantize = int8.quantize;
+  return kernels;
+}
 
 // The best last.
 constexpr int kMost = 4;
@@ -36,11 +45,13 @@ int candidates(Candidate (&out)[kMost]) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   out[n++] = {&kAvx2, avx2};
   out[n++] = {&kAvx512, avx512};
-  out[n++] = {&kAvx512Vnni, avx512 && __builtin_cpu_supports("avx512vnni")};
+  static const Kernels avx512vnni = with_int8(kAvx512, kAvx512Vnni);
+  out[n++] = {&avx512vnni, avx512 && __builtin_cpu_supports("avx512vnni")};
 #elif defined(__aarch64__)
   constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
   out[n++] = {&kNeon, true};
-  out[n++] = {&kNeonDot, (getauxval(AT_HWCAP) & kDotProduct) != 0};
+  static const Kernels neondot = with_int8(kNeon, kNeonDot);
+  out[n++] = {&neondot, (getauxval(AT_HWCAP) & kDotProduct) != 0};
 #endif
   return n;
 }

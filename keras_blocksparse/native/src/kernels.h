@@ -71,6 +71,13 @@ struct Kernels {
   void (*lstm_step_backward)(Activation f, Activation g, size_t units, const float* record, float* dh, float* dc, float* da);
 };
 
+// What an instruction set does in its own way if all it adds is a dot product of bytes.
+struct Int8Kernels {
+  const char* name;
+  decltype(Kernels::matmul_rows_i8) matmul_rows_i8;
+  decltype(Kernels::quantize) quantize;
+};
+
 // Null, with the error set, if KBS_ISA asks for what this CPU cannot run.
 const Kernels* kernels();
 

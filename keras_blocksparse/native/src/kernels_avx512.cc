@@ -19,6 +19,8 @@ KBS_INLINE V in_low_lanes(V v) { return v; }
 KBS_INLINE V in_low_lanes(Floats<4> v) { return (V)_mm512_castps128_ps512((__m128)v); }
 KBS_INLINE V in_low_lanes(Floats<8> v) { return (V)_mm512_castps256_ps512((__m256)v); }
 
+KBS_INLINE V repeat_quad(const float* p) { return (V)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(p)); }
+
 KBS_INLINE I dot4(I sum, I w, I x) {
   const __m512i a = (__m512i)w, b = (__m512i)x;
   const __m512i even =

@@ -1,4 +1,4 @@
-// AVX-512 F, BW, DQ, VL and VNNI: Cascade Lake, Zen 4 and later.
+// AVX-512 F, BW, DQ, VL and VNNI: Cascade Lake, Zen 4 and later; the int8 kernels, the others are those of AVX-512.
 #define KBS_ISA avx512vnni
 #define KBS_TABLE kAvx512Vnni
 #define KBS_NAME "avx512vnni"
@@ -26,4 +26,4 @@ KBS_INLINE I dot4(I sum, I w, I x) { return (I)_mm512_dpbusd_epi32((__m512i)sum,
 }  // namespace avx512vnni
 }  // namespace kbs
 
-#include "table-inl.h"
+#include "int8-table-inl.h"

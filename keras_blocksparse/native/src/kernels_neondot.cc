@@ -1,4 +1,4 @@
-// aarch64 with the dot-product extension: ARMv8.2 and later.
+// aarch64 with the dot-product extension: ARMv8.2 and later; the int8 kernels, the others are those of NEON.
 #define KBS_ISA neondot
 #define KBS_TABLE kNeonDot
 #define KBS_NAME "neondot"
@@ -23,4 +23,4 @@ KBS_INLINE I dot4(I sum, I w, I x) { return (I)vdotq_s32((int32x4_t)sum, (int8x1
 }  // namespace neondot
 }  // namespace kbs
 
-#include "table-inl.h"
+#include "int8-table-inl.h"

@@ -1,63 +1,13 @@
-// Products with a packed matrix. See vector-inl.h for how this file is compiled, format.h for strips, tiles and runs.
+// Products with float32 and bfloat16 weights. See vector-inl.h for how this file is compiled, format.h for strips,
+// tiles and runs.
 #ifndef KBS_MATMUL_INL_H_
 #define KBS_MATMUL_INL_H_
 
-#include "vector-inl.h"
+#include "rows-inl.h"
 
 namespace kbs {
 namespace KBS_ISA {
 namespace {
-
-template <int... Lane>
-KBS_INLINE V halves(V a, V b, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(a, b, (Lane < L / 2 ? Lane : L + Lane)...);
-}
-template <int W, int... Lane>
-KBS_INLINE V repeat_each(V v, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(v, v, (Lane / W)...);
-}
-
-KBS_INLINE float unit(const char* p) {
-  float x;
-  std::memcpy(&x, p, 4);
-  return x;
-}
-
-// L / W units of 4 bytes beginning at p, each repeated in W lanes. in_low_lanes() is the instruction set's own.
-template <int W>
-KBS_INLINE V expand(const char* p) {
-  using Lanes = std::make_integer_sequence<int, L>;
-  if constexpr (W >= L) {
-    return broadcast(unit(p));
-  } else if constexpr (W * 2 == L) {
-    return halves(broadcast(unit(p)), broadcast(unit(p + 4)), Lanes{});
-  } else if constexpr (W == 1) {
-    return load(p);
-  } else {
-    return repeat_each<W>(in_low_lanes(load<Floats<L / W>>(p)), Lanes{});
-  }
-}
-
-// The same, from units at p + index[i] * size.
-template <int W, int size>
-KBS_INLINE V expand_gathered(const char* p, const int32_t* index) {
-  using Lanes = std::make_integer_sequence<int, L>;
-  const auto at = [&](int i) KBS_INLINE_LAMBDA { return unit(p + (ptrdiff_t)index[i] * size); };
-  if constexpr (W >= L) {
-    return broadcast(at(0));
-  } else if constexpr (W * 2 == L) {
-    return halves(broadcast(at(0)), broadcast(at(1)), Lanes{});
-  } else if constexpr (L / W == 4) {
-    const Floats<L / W> v = {at(0), at(1), at(2), at(3)};
-    return repeat_each<W>(in_low_lanes(v), Lanes{});
-  } else if constexpr (L / W == 8) {
-    const Floats<L / W> v = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
-    return repeat_each<W>(in_low_lanes(v), Lanes{});
-  } else {
-    return Floats<L / W>{at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7),
-                         at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)};
-  }
-}
 
 // ---- vectors over the outputs: a few rows of x ------------------------------------------------------------------
 
@@ -67,118 +17,23 @@ struct Float32 {
   static KBS_INLINE V add(V sum, const char* w, V x) { return sum + load(w) * x; }
 };
 
-struct Int8 {
-  using Sum = I;
-  static constexpr int size = 1;
-  static KBS_INLINE I add(I sum, const char* w, V x) { return dot4(sum, load<I>(w), (I)x); }
-};
-
-template <class T, int W, int B, int U>
-struct RowSums {
-  typename T::Sum sum[B][U][kParts] = {};
-
-  KBS_INLINE void tile(int u, const char* w, const char* x, size_t stride) {
-    for (int b = 0; b < B; b++)
-      for (int part = 0; part < kParts; part++)
-        sum[b][u][part] = T::add(sum[b][u][part], w + part * L * 4, expand<W>(x + b * stride + part * L / W * 4));
-  }
-  KBS_INLINE void gathered_tile(int u, const char* w, const char* x, size_t stride, const int32_t* rows) {
-    for (int b = 0; b < B; b++)
-      for (int part = 0; part < kParts; part++)
-        sum[b][u][part] = T::add(sum[b][u][part], w + part * L * 4,
-                                 expand_gathered<W, T::size>(x + b * stride, rows + part * L / W));
-  }
-  // Adds everything that belongs to one output.
-  template <class Lane>
-  KBS_INLINE void fold(int b, Lane* out) {
-    for (int u = 1; u < U; u++)
-      for (int part = 0; part < kParts; part++) sum[b][0][part] += sum[b][u][part];
-    for (int part = 0; part < kParts; part++) store(out + part * L, sum[b][0][part]);
-    for (int half = kTile / 2; half >= W; half /= 2)
-      for (int i = 0; i < half; i++) out[i] += out[i + half];
-  }
-};
-
-// Runs of R tiles, several at a time.
-template <class T, int W, int B, int U, int R>
-KBS_INLINE void short_runs(const Strip& strip, const int32_t* index, const char* w, const char* x, size_t stride,
-                           RowSums<T, W, B, U>& sums) {
-  constexpr uint32_t q = kTile / W;
-  constexpr int runs = U / R > 0 ? U / R : 1;
-  const auto run = [&](int u, const char* w, const char* at) KBS_INLINE_LAMBDA {
-    for (int t = 0; t < R; t++) sums.tile((u + t) % U, w + t * kTileBytes, at + t * q * 4, stride);
-  };
-  uint32_t i = 0;
-  for (; i + runs <= strip.runs; i += runs, w += runs * R * kTileBytes)
-    for (int u = 0; u < runs; u++) run(u * R, w + u * R * kTileBytes, x + (ptrdiff_t)index[i + u] * T::size);
-  for (; i < strip.runs; i++, w += R * kTileBytes) run(0, w, x + (ptrdiff_t)index[i] * T::size);
-}
-
-// The sums of one strip for B rows of x. U tiles are under way at once, to hide the latency of the additions.
-template <class T, int W, int B, int U>
-KBS_INLINE void strip_rows(const Strip& strip, const int32_t* index, const char* w, const char* x, size_t stride,
-                           RowSums<T, W, B, U>& sums) {
-  constexpr uint32_t q = kTile / W;
-  const uint32_t run_tiles = strip.run / q;
-  if (run_tiles == 0) {
-    uint32_t i = 0;
-    for (; i + U * q <= strip.runs; i += U * q, w += U * kTileBytes)
-      for (int u = 0; u < U; u++) sums.gathered_tile(u, w + u * kTileBytes, x, stride, index + i + u * q);
-    for (; i < strip.runs; i += q, w += kTileBytes) sums.gathered_tile(0, w, x, stride, index + i);
-  } else if (run_tiles == 1) {
-    short_runs<T, W, B, U, 1>(strip, index, w, x, stride, sums);
-  } else if (run_tiles == 2) {
-    short_runs<T, W, B, U, 2>(strip, index, w, x, stride, sums);
-  } else {
-    for (uint32_t i = 0; i < strip.runs; i++) {
-      const char* at = x + (ptrdiff_t)index[i] * T::size;
-      uint32_t t = 0;
-      for (; t + U <= run_tiles; t += U, w += U * kTileBytes, at += U * q * 4)
-        for (int u = 0; u < U; u++) sums.tile(u, w + u * kTileBytes, at + u * q * 4, stride);
-      for (; t < run_tiles; t++, w += kTileBytes, at += q * 4) sums.tile(0, w, at, stride);
-    }
-  }
-}
-
-// How many tiles to have under way for B rows: about eight sums in all.
-constexpr int in_flight(int rows) {
-  const int u = 8 / (rows * kParts);
-  return u < 1 ? 1 : u > 4 ? 4 : u;
-}
-
 template <int W, int B>
-void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
+KBS_NOINLINE void strip_rows_f32(const View& view, const Strip& strip, const float* x, size_t stride,
+                                 const Output& out) {
   RowSums<Float32, W, B, in_flight(B)> sums;
-  strip_rows(strip, view.index + strip.first_run, (const char*)view.values + strip.first_tile * kTileBytes,
-             (const char*)x, stride * 4, sums);
+  strip_rows(view, strip, (const char*)x, stride * 4, sums);
+#pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
-    float y[kTile];
-    sums.fold(b, y);
-    emit<W>(out, b, strip.col, y);
-  }
-}
-
-template <int W, int B>
-void strip_rows_i8(const View& view, const Strip& strip, const uint8_t* x, size_t stride, const float* scale,
-                   const Output& out) {
-  RowSums<Int8, W, B, in_flight(B)> sums;
-  strip_rows(strip, view.index + strip.first_run, (const char*)view.values + strip.first_tile * kTileBytes,
-             (const char*)x, stride, sums);
-  for (int b = 0; b < B; b++) {
-    uint32_t sum[kTile];  // wraps on the way, the true sum fits: see kMaxInt8Rows
-    sums.fold(b, sum);
     float y[W];
-    for (int i = 0; i < W; i++) {
-      const uint32_t zero = (uint32_t)kZeroPoint * (uint32_t)view.sums[strip.col + i];
-      y[i] = (float)(int32_t)(sum[i] - zero) * (scale[b] * view.scales[strip.col + i]);
-    }
+    sums.fold(b, y);
     emit<W>(out, b, strip.col, y);
   }
 }
 
 // Two zipped tiles at a time; each half is a float32 whose lower bits are gone.
 template <int W, int B>
-void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_t stride, const Output& out) {
+KBS_NOINLINE void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_t stride,
+                                  const Output& out) {
   constexpr uint32_t q = kTile / W;
   constexpr int kUnroll = in_flight(2 * B);
   const int32_t* index = view.index + strip.first_run;
@@ -204,7 +59,7 @@ void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_
   if (run_tiles == 0) {
     const auto gathered = [&](int u, const char* w, const int32_t* rows) KBS_INLINE_LAMBDA {
       pair(u, w, [&](int half, int b, int part) KBS_INLINE_LAMBDA {
-        return expand_gathered<W, 4>((const char*)(x + b * stride), rows + half * q + part * L / W);
+        return expand_gathered<W, 4, false>((const char*)(x + b * stride), rows + half * q + part * L / W);
       });
     };
     for (; i < strip.runs; i += 2 * q, w += kTileBytes) gathered(0, w, index + i);
@@ -230,112 +85,26 @@ void strip_rows_bf16(const View& view, const Strip& strip, const float* x, size_
       for (uint32_t t = 0; t < 2 * run_tiles; t += 2, w += kTileBytes) rows_at(0, w, tile(t), tile(t + 1));
     }
   }
+#pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
-    float y[kTile];
+    float y[W];
     sums.fold(b, y);
     emit<W>(out, b, strip.col, y);
   }
 }
 
-Output shifted(const Output& out, int rows) { return {out.y + rows * out.stride, out.stride, out.bias, out.accumulate}; }
-
-// Kernels take 4, 2 or 1 rows.
 void matmul_rows_f32(const View& view, size_t begin, size_t end, const float* x, size_t stride, int n,
                      const Output& out) {
-  for (size_t s = begin; s < end; s++) {
-    const Strip& strip = view.strips[s];
-    int b = 0;
-#define CALL4(W) strip_rows_f32<W, 4>(view, strip, x, stride, out)
-#define CALL2(W) strip_rows_f32<W, 2>(view, strip, x, stride, out)
-#define CALL1(W) strip_rows_f32<W, 1>(view, strip, x + b * stride, stride, shifted(out, b))
-    if (n == 4) {
-      KBS_FOR_WIDTH(strip.width, CALL4);
-      continue;
-    }
-    if (n >= 2) {
-      KBS_FOR_WIDTH(strip.width, CALL2);
-      b = 2;
-    }
-    if (n > b) KBS_FOR_WIDTH(strip.width, CALL1);
-#undef CALL4
-#undef CALL2
-#undef CALL1
-  }
+  each_strip<4>(view, begin, end, n, [&](auto width, auto rows, const Strip& strip, int b) KBS_INLINE_LAMBDA {
+    strip_rows_f32<width.value, rows.value>(view, strip, x + b * stride, stride, shifted(out, b));
+  });
 }
 
 void matmul_rows_bf16(const View& view, size_t begin, size_t end, const float* x, size_t stride, int n,
                       const Output& out) {
-  for (size_t s = begin; s < end; s++) {
-    const Strip& strip = view.strips[s];
-    int b = 0;
-#define CALL2(W) strip_rows_bf16<W, 2>(view, strip, x + b * stride, stride, shifted(out, b))
-#define CALL1(W) strip_rows_bf16<W, 1>(view, strip, x + b * stride, stride, shifted(out, b))
-    for (; b + 2 <= n; b += 2) KBS_FOR_WIDTH(strip.width, CALL2);
-    if (b < n) KBS_FOR_WIDTH(strip.width, CALL1);
-#undef CALL2
-#undef CALL1
-  }
-}
-
-void matmul_rows_i8(const View& view, size_t begin, size_t end, const uint8_t* x, size_t stride, const float* scale,
-                    int n, const Output& out) {
-  for (size_t s = begin; s < end; s++) {
-    const Strip& strip = view.strips[s];
-    int b = 0;
-#define CALL4(W) strip_rows_i8<W, 4>(view, strip, x, stride, scale, out)
-#define CALL2(W) strip_rows_i8<W, 2>(view, strip, x, stride, scale, out)
-#define CALL1(W) strip_rows_i8<W, 1>(view, strip, x + b * stride, stride, scale + b, shifted(out, b))
-    if (n == 4) {
-      KBS_FOR_WIDTH(strip.width, CALL4);
-      continue;
-    }
-    if (n >= 2) {
-      KBS_FOR_WIDTH(strip.width, CALL2);
-      b = 2;
-    }
-    if (n > b) KBS_FOR_WIDTH(strip.width, CALL1);
-#undef CALL4
-#undef CALL2
-#undef CALL1
-  }
-}
-
-// Symmetric: the largest magnitude becomes 127. A row with NaN or infinity has the step NaN, and so has the result.
-float quantize(const float* x, size_t n, size_t padded, uint8_t* out) {
-  V largest = {}, bad = {};
-  size_t i = 0;
-  for (; i + L <= n; i += L) {
-    const V v = load(x + i), magnitude = (V)((U)v & 0x7fffffffu);
-    largest = magnitude > largest ? magnitude : largest;
-    bad += v * 0.f;
-  }
-  float max = 0, broken = 0;
-  for (int lane = 0; lane < L; lane++) max = largest[lane] > max ? largest[lane] : max, broken += bad[lane];
-  for (; i < n; i++) {
-    const float magnitude = x[i] < 0 ? -x[i] : x[i];
-    max = magnitude > max ? magnitude : max;
-    broken += x[i] * 0.f;
-  }
-  std::memset(out + n, kZeroPoint, padded - n);
-  if (broken != 0 || max < 1e-36f) {
-    std::memset(out, kZeroPoint, n);
-    return broken != 0 ? broken : 0.f;
-  }
-  const float inverse = 127.f / max;
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
-  const float magic = 12582912.f;
-  typedef typename VectorOf<uint8_t, L>::type Bytes;
-  for (i = 0; i + L <= n; i += L) {
-    const U rounded = (U)(load(x + i) * inverse + magic) + (uint32_t)kZeroPoint;
-    store(out + i, __builtin_convertvector(rounded, Bytes));
-  }
-  for (; i < n; i++) {
-    const float sum = x[i] * inverse + magic;
-    uint32_t bits;
-    std::memcpy(&bits, &sum, 4);
-    out[i] = (uint8_t)(bits + (uint32_t)kZeroPoint);
-  }
-  return max / 127.f;
+  each_strip<2>(view, begin, end, n, [&](auto width, auto rows, const Strip& strip, int b) KBS_INLINE_LAMBDA {
+    strip_rows_bf16<width.value, rows.value>(view, strip, x + b * stride, stride, shifted(out, b));
+  });
 }
 
 // ---- vectors over the batch: panels -----------------------------------------------------------------------------
@@ -432,8 +201,8 @@ KBS_INLINE void emit_lanes(Floats<N> (&sum)[C], int n, int first, uint32_t col, 
 }
 
 template <int N, int W>
-void strip_panel(const View& view, const Strip& strip, const float* w, const float* panel, int lanes, int n,
-                 const Output& out) {
+KBS_NOINLINE void strip_panel(const View& view, const Strip& strip, const float* w, const float* panel, int lanes,
+                              int n, const Output& out) {
   constexpr int C = W < kSums ? W : kSums;
   const int32_t* index = view.index + strip.first_run;
   for (int c0 = 0; c0 < W; c0 += C) {
@@ -458,73 +227,100 @@ void strip_panel(const View& view, const Strip& strip, const float* w, const flo
 }
 
 #if KBS_LANES == 16
-// Eight lanes are half a register here. Blocks 16 wide take their vectors over the outputs instead; narrower ones put
-// two rows of x in a register and the two weights that go with them beside each other.
-void strip_panel8_wide(const View& view, const Strip& strip, const float* w, const float* panel, int n,
-                       const Output& out) {
-  V sum[2][8] = {};  // even and odd rows: with eight sums alone, one late load would hold up everything behind it
-  const int32_t* index = view.index + strip.first_run;
-  for (uint32_t i = 0; i < strip.runs; i++) {
-    const float* x = panel + (size_t)index[i] * 8;
-    const float* next = panel + (size_t)index[i + 1 < strip.runs ? i + 1 : i] * 8;
-    uint32_t r = 0;
-    for (; r + 2 <= strip.run; r += 2, w += 32, x += 16) {
-      __builtin_prefetch(next + r * 8);
-      for (int u = 0; u < 2; u++) {
-        ask_for_weights(w + u * 16);
-        const V row = load(w + u * 16);
-        for (int b = 0; b < 8; b++) sum[u][b] += row * x[u * 8 + b];
-      }
-    }
-    if (r < strip.run) {
-      const V row = load(w);
-      for (int b = 0; b < 8; b++) sum[0][b] += row * x[b];
-      w += 16;
-    }
+// Four lanes of the panel are a quad. A tile's quarters hold four columns each, of 16 / W rows; with a quad of its row
+// in each quarter of another register, column k of all quarters takes one shuffle, and a product for each quad.
+template <int K, int... Lane>
+KBS_INLINE V column_of_quarters(V tile, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(tile, tile, (Lane / 4 * 4 + K)...);
+}
+
+// Quarters A and B of one register, C and D of another.
+template <int A, int B, int C, int D, int... Lane>
+KBS_INLINE V quarters(V a, V b, std::integer_sequence<int, Lane...>) {
+  constexpr int from[] = {A, B, L / 4 + C, L / 4 + D};
+  return __builtin_shufflevector(a, b, (from[Lane / 4] * 4 + Lane % 4)...);
+}
+
+// quads[i] gets quad i of the rows that the tile's quarters belong to. Narrow tiles take panels of 8 lanes only.
+template <int W, int Q>
+KBS_INLINE void load_quads(const float* x, V (&quads)[Q]) {
+  using Lanes = std::make_integer_sequence<int, L>;
+  if constexpr (W == 16) {
+    for (int i = 0; i < Q; i++) quads[i] = repeat_quad(x + 4 * i);
+  } else if constexpr (W == 8) {
+    const V rows = load(x);
+    quads[0] = quarters<0, 0, 2, 2>(rows, rows, Lanes{});
+    quads[1] = quarters<1, 1, 3, 3>(rows, rows, Lanes{});
+  } else {
+    const V a = load(x), b = load(x + L);
+    quads[0] = quarters<0, 2, 0, 2>(a, b, Lanes{});
+    quads[1] = quarters<1, 3, 1, 3>(a, b, Lanes{});
   }
-  for (int b = 0; b < n; b++) {
-    float y[16];
-    store(y, sum[0][b] + sum[1][b]);
-    emit<16>(out, b, strip.col, y);
-  }
 }
 
-template <int A, int B, int... Lane>
-KBS_INLINE V two_weights(V tile, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(tile, tile, (Lane < 8 ? A : B)...);
+// zip_low and zip_high within each quarter.
+template <int First, int... Lane>
+KBS_INLINE V zip_quarters(V a, V b, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(a, b, (Lane % 2 * L + Lane / 4 * 4 + First + Lane % 4 / 2)...);
 }
 
-template <int W, int... Column>
-KBS_INLINE void row_pair(V tile, V x, V* sum, std::integer_sequence<int, Column...>, std::integer_sequence<int, 0>) {
-  ((sum[Column] += two_weights<Column, W + Column>(tile, std::make_integer_sequence<int, 16>{}) * x), ...);
-}
-template <int W, int... Column>
-KBS_INLINE void row_pair(V tile, V x, V* sum, std::integer_sequence<int, Column...>, std::integer_sequence<int, 0, 1>) {
-  ((sum[Column] += two_weights<2 * W + Column, 3 * W + Column>(tile, std::make_integer_sequence<int, 16>{}) * x), ...);
-}
-
+// Column k of each quarter for the four rows of a quad, in a to d, goes to rows of y. Not inlined, and its caller
+// unrolls: what is indexed with a variable would have to be in memory, and was cleared there before every strip.
 template <int W>
-void strip_panel8_narrow(const View& view, const Strip& strip, const float* w, const float* panel, int n,
-                         const Output& out) {
-  constexpr int q = kTile / W;
-  V sum[2][W] = {};
+KBS_NOINLINE void emit_quad(V a, V b, V c, V d, int first, int n, uint32_t col, const Output& out) {
+  using Lanes = std::make_integer_sequence<int, L>;
+  V y[4] = {a, b, c, d};
+  for (int round = 0; round < 2; round++) {
+    const V even[] = {zip_quarters<0>(y[0], y[2], Lanes{}), zip_quarters<2>(y[0], y[2], Lanes{})};
+    const V odd[] = {zip_quarters<0>(y[1], y[3], Lanes{}), zip_quarters<2>(y[1], y[3], Lanes{})};
+    y[0] = even[0], y[1] = even[1], y[2] = odd[0], y[3] = odd[1];
+  }
+  for (int b = 0; b < 4 && first + b < n; b++) {
+    float flat[W];
+    store(flat, folded<W, float, L>(y[b]));
+    emit<W>(out, first + b, col, flat);
+  }
+}
+
+template <int W, int Q>
+KBS_NOINLINE void strip_quads(const View& view, const Strip& strip, const float* w, const float* panel, int lanes,
+                              int first, int n, const Output& out) {
+  using Lanes = std::make_integer_sequence<int, L>;
+  constexpr uint32_t q = kTile / W;
+  constexpr int U = 4 / Q;
   const int32_t* index = view.index + strip.first_run;
-  using Columns = std::make_integer_sequence<int, W>;
-  for (uint32_t i = 0; i < strip.runs; i++) {
-    const float* x = panel + (size_t)index[i] * 8;
-    for (uint32_t r = 0; r < strip.run; r += q, w += kTile, x += q * 8) {
-      const V tile = load(w);
-      row_pair<W>(tile, load(x), sum[0], Columns{}, std::integer_sequence<int, 0>{});
-      if constexpr (W == 4) row_pair<W>(tile, load(x + 16), sum[1], Columns{}, std::integer_sequence<int, 0, 1>{});
+  V sum[U][Q][4] = {};
+  const auto tile = [&](int u, const float* w, const float* x) KBS_INLINE_LAMBDA {
+    ask_for_weights(w);
+    V quads[Q];
+    load_quads<W>(x, quads);
+    const V columns = load(w);
+    const V column[4] = {column_of_quarters<0>(columns, Lanes{}), column_of_quarters<1>(columns, Lanes{}),
+                         column_of_quarters<2>(columns, Lanes{}), column_of_quarters<3>(columns, Lanes{})};
+    for (int k = 0; k < 4; k++)
+      for (int i = 0; i < Q; i++) sum[u][i][k] += column[k] * quads[i];
+  };
+  uint32_t i = 0;
+  if (strip.run == q) {
+    for (; i + U <= strip.runs; i += U, w += U * kTile)
+      for (int u = 0; u < U; u++) tile(u, w + u * kTile, panel + (size_t)index[i + u] * lanes + first);
+  }
+  for (; i < strip.runs; i++) {
+    const float* x = panel + (size_t)index[i] * lanes + first;
+    uint32_t r = 0;
+    for (; r + U * q <= strip.run; r += U * q, w += U * kTile, x += U * q * lanes)
+      for (int u = 0; u < U; u++) tile(u, w + u * kTile, x + u * q * lanes);
+    if (U > 1 && r < strip.run) {
+      tile(0, w, x);
+      w += kTile;
     }
   }
-  Floats<8> y[W];
-  for (int c = 0; c < W; c++) {
-    const V both = sum[0][c] + sum[1][c];
-    y[c] = __builtin_shufflevector(both, both, 0, 1, 2, 3, 4, 5, 6, 7) +
-           __builtin_shufflevector(both, both, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
+  for (int i = 0; i < Q; i++) {
+    if constexpr (U == 2)
+      for (int k = 0; k < 4; k++) sum[0][i][k] += sum[1][i][k];
+    emit_quad<W>(sum[0][i][0], sum[0][i][1], sum[0][i][2], sum[0][i][3], first + 4 * i, n, strip.col, out);
   }
-  emit_lanes<8, W>(y, n, 0, strip.col, out);
 }
 #endif
 
@@ -533,32 +329,32 @@ void matmul_panel(const View& view, size_t begin, size_t end, const float* panel
   for (size_t s = begin; s < end; s++) {
     const Strip& strip = view.strips[s];
     const float* w = widened(view, strip, scratch);
+    for_width(strip.width, [&](auto width) KBS_INLINE_LAMBDA {
+      constexpr int W = width.value;
 #if KBS_LANES == 16
-    if (lanes == 8) {
-      if (strip.width == 16) {
-        strip_panel8_wide(view, strip, w, panel, n, out);
-      } else if (strip.width == 8 && strip.run % 2 == 0) {
-        strip_panel8_narrow<8>(view, strip, w, panel, n, out);
-      } else if (strip.width == 4 && strip.run % 4 == 0) {
-        strip_panel8_narrow<4>(view, strip, w, panel, n, out);
-      } else {
-#define CALL(W) strip_panel<8, W>(view, strip, w, panel, 8, n, out)
-        KBS_FOR_WIDTH(strip.width, CALL);
-#undef CALL
+      if (lanes > 8) {
+        if constexpr (W == 16) {
+          for (int first = 0; first < n; first += 16) strip_quads<W, 4>(view, strip, w, panel, lanes, first, n, out);
+        } else {
+          strip_panel<16, W>(view, strip, w, panel, lanes, n, out);
+        }
+        return;
       }
-      continue;
-    }
+      if constexpr (W >= 4) {
+        if (strip.run % (kTile / W) == 0) return strip_quads<W, 2>(view, strip, w, panel, 8, 0, n, out);
+      }
+      if constexpr (W < 16) strip_panel<8, W>(view, strip, w, panel, 8, n, out);
+#else
+      strip_panel<L, W>(view, strip, w, panel, lanes, n, out);
 #endif
-#define CALL(W) strip_panel<L, W>(view, strip, w, panel, lanes, n, out)
-    KBS_FOR_WIDTH(strip.width, CALL);
-#undef CALL
+    });
   }
 }
 
 // dx += w dy, N lanes at a time, four rows under way.
 template <int N, int W>
-void strip_transposed(const View& view, const Strip& strip, const float* weights, const float* dy, int lanes,
-                      float* dx) {
+KBS_NOINLINE void strip_transposed(const View& view, const Strip& strip, const float* weights, const float* dy,
+                                   int lanes, float* dx) {
   const int32_t* index = view.index + strip.first_run;
   for (int first = 0; first < lanes; first += N) {
     Floats<N> d[W];
@@ -589,23 +385,21 @@ void matmul_panel_transposed(const View& view, size_t begin, size_t end, const f
   for (size_t s = begin; s < end; s++) {
     const Strip& strip = view.strips[s];
     const float* w = widened(view, strip, scratch);
-#define CALL(W) strip_transposed<L, W>(view, strip, w, dy, lanes, dx)
-#define CALL8(W) strip_transposed<N, W>(view, strip, w, dy, lanes, dx)
-    if (lanes % L) {
-      KBS_FOR_WIDTH(strip.width, CALL8);
-    } else {
-      KBS_FOR_WIDTH(strip.width, CALL);
-    }
-#undef CALL
-#undef CALL8
+    for_width(strip.width, [&](auto width) KBS_INLINE_LAMBDA {
+      if (lanes % L) {
+        strip_transposed<N, width.value>(view, strip, w, dy, lanes, dx);
+      } else {
+        strip_transposed<L, width.value>(view, strip, w, dy, lanes, dx);
+      }
+    });
   }
 }
 
 // ---- the gradient of the kept blocks ----------------------------------------------------------------------------
 
 template <int W>
-void strip_sampled(const View& view, const Strip& strip, const float* x, size_t x_stride, const float* dy,
-                   size_t dy_stride, int n, bool accumulate, float* dvalues) {
+KBS_NOINLINE void strip_sampled(const View& view, const Strip& strip, const float* x, size_t x_stride, const float* dy,
+                                size_t dy_stride, int n, bool accumulate, float* dvalues) {
   constexpr uint32_t q = kTile / W;
   constexpr int kTiles = 8 / kParts;
   const int32_t* index = view.index + strip.first_run;
@@ -637,7 +431,7 @@ void strip_sampled(const View& view, const Strip& strip, const float* x, size_t 
         for (int part = 0; part < kParts; part++) {
           const V d = load(&wide[b][part * L]);
           for (int u = 0; u < some; u++)
-            sum[u][part] += d * expand_gathered<W, 4>((const char*)(x + b * x_stride), index + (t + u) * q + part * L / W);
+            sum[u][part] += d * expand_gathered<W, 4, false>((const char*)(x + b * x_stride), index + (t + u) * q + part * L / W);
         }
     }
     for (int u = 0; u < some; u++)
@@ -652,9 +446,9 @@ void sampled_product(const View& view, size_t begin, size_t end, const float* x,
                      size_t dy_stride, int n, bool accumulate, float* dvalues) {
   for (size_t s = begin; s < end; s++) {
     const Strip& strip = view.strips[s];
-#define CALL(W) strip_sampled<W>(view, strip, x, x_stride, dy, dy_stride, n, accumulate, dvalues)
-    KBS_FOR_WIDTH(strip.width, CALL);
-#undef CALL
+    for_width(strip.width, [&](auto width) KBS_INLINE_LAMBDA {
+      strip_sampled<width.value>(view, strip, x, x_stride, dy, dy_stride, n, accumulate, dvalues);
+    });
   }
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "threads.h"
 
@@ -107,37 +108,41 @@ kbs_status check_matmul(const float* x, int64_t x_stride, int64_t x_cols, const 
   return KBS_OK;
 }
 
-// Calls work(chunk) for each of `chunks`, in turn on `threads` threads.
-template <class Work>
-void for_chunks(int threads, int64_t chunks, const Work& work) {
-  std::atomic<int64_t> next{0};
-  run_each((int)std::min<int64_t>(threads, chunks), [&](int thread) {
-    for (int64_t chunk; (chunk = next.fetch_add(1)) < chunks;) work(chunk, thread);
-  });
+// Threads for a product, and the parts that strips are cut into where there are `chunks` of rows: enough pieces for
+// threads to end at about the same time.
+int threads_for(const View& view, int64_t batch) {
+  return estimated_us(view, batch) >= kWorthThreadsUs ? num_threads() : 1;
+}
+int strip_parts(int threads, int64_t chunks) {
+  return threads > 1 ? (int)((8 * threads + chunks - 1) / chunks) : 1;
 }
 
 void matmul(const Kernels& k, const View& view, const float* x, size_t x_stride, int64_t batch, const float* bias,
             bool accumulate, float* y, size_t y_stride) {
-  const int threads = estimated_us(view, batch) >= kWorthThreadsUs ? num_threads() : 1;
+  const int threads = threads_for(view, batch);
+  const int64_t chunks = (batch + kBlockRows - 1) / kBlockRows;
+  const int parts = strip_parts(threads, chunks);
   const size_t bytes = operand_bytes(view, batch);
   char* workspace = thread_workspace(bytes * threads);
-  const auto rows = [&](int64_t first, int thread, size_t begin, size_t end) {
-    const int n = (int)std::min<int64_t>(batch - first, kBlockRows);
-    const float* at[kBlockRows];
-    for (int b = 0; b < n; b++) at[b] = x + (first + b) * x_stride;
+  struct Made {
+    int64_t chunk = -1;
     Operand operand;
-    make_operand(k, view, at, n, workspace + bytes * thread, &operand);
-    multiply(k, view, operand, begin, end, {y + first * y_stride, y_stride, bias, accumulate});
   };
-  const int64_t chunks = (batch + kBlockRows - 1) / kBlockRows;
-  if (chunks >= threads) {
-    for_chunks(threads, chunks, [&](int64_t chunk, int thread) { rows(chunk * kBlockRows, thread, 0, view.header->strips); });
-  } else {
-    run_each(threads, [&](int thread) {
-      for (int64_t chunk = 0; chunk < chunks; chunk++)
-        rows(chunk * kBlockRows, thread, split_strips(view, thread, threads), split_strips(view, thread + 1, threads));
-    });
-  }
+  std::vector<Made> made((size_t)threads);
+  share_out(threads, chunks * parts, [&](int64_t piece, int thread) {
+    const int64_t chunk = piece / parts, first = chunk * kBlockRows;
+    Made& mine = made[thread];
+    if (mine.chunk != chunk) {
+      const int n = (int)std::min<int64_t>(batch - first, kBlockRows);
+      const float* at[kBlockRows];
+      for (int b = 0; b < n; b++) at[b] = x + (first + b) * x_stride;
+      make_operand(k, view, at, n, workspace + bytes * thread, &mine.operand);
+      mine.chunk = chunk;
+    }
+    const int part = (int)(piece % parts);
+    multiply(k, view, mine.operand, split_strips(view, part, parts), split_strips(view, part + 1, parts),
+             {y + first * y_stride, y_stride, bias, accumulate});
+  });
 }
 
 }  // namespace
@@ -145,7 +150,7 @@ void matmul(const Kernels& k, const View& view, const float* x, size_t x_stride,
 void matmul_transposed(const Kernels& k, const View& view, const float* dy, size_t dy_stride, int64_t batch, float* dx,
                        size_t dx_stride) {
   const Header& h = *view.header;
-  int threads = estimated_us(view, batch) >= kWorthThreadsUs ? num_threads() : 1;
+  int threads = threads_for(view, batch);
   int lanes = panel_lanes(batch);
   while (lanes > 8 && (batch + lanes - 1) / lanes < threads) lanes /= 2;
   const int64_t chunks = (batch + lanes - 1) / lanes;
@@ -153,7 +158,7 @@ void matmul_transposed(const Kernels& k, const View& view, const float* dy, size
   const size_t dy_floats = (size_t)h.cols * lanes, dx_floats = row_stride(h) * lanes;
   const size_t bytes = round_up((dy_floats + dx_floats) * sizeof(float) + scratch_bytes(h), 64);
   char* workspace = thread_workspace(bytes * threads);
-  for_chunks(threads, chunks, [&](int64_t chunk, int thread) {
+  share_out(threads, chunks, [&](int64_t chunk, int thread) {
     float* dy_panel = (float*)(workspace + bytes * thread);
     float* dx_panel = dy_panel + dy_floats;
     const int64_t first = chunk * lanes;
@@ -171,7 +176,7 @@ void sampled_product(const Kernels& k, const View& view, size_t begin, size_t en
                      const float* dy, size_t dy_stride, int64_t batch, bool accumulate, float* dvalues) {
   constexpr int64_t kRows = 64;  // as many as the kernel takes
   const Header& h = *view.header;
-  const int threads = estimated_us(view, batch) >= kWorthThreadsUs ? num_threads() : 1;
+  const int threads = threads_for(view, batch), parts = strip_parts(threads, 1);
   const size_t stride = row_stride(h);
   float* padded = (float*)thread_workspace((size_t)std::min(batch, kRows) * stride * sizeof(float));
   if (batch == 0 && !accumulate) std::memset(dvalues, 0, values_bytes(h));
@@ -181,9 +186,9 @@ void sampled_product(const Kernels& k, const View& view, size_t begin, size_t en
       std::memcpy(padded + b * stride, x + (first + b) * x_stride, h.rows * sizeof(float));
       std::memset(padded + b * stride + h.rows, 0, (stride - h.rows) * sizeof(float));
     }
-    run_each(threads, [&](int thread) {
-      k.sampled_product(view, split_strips(view, begin, end, thread, threads),
-                        split_strips(view, begin, end, thread + 1, threads), padded, stride, dy + first * dy_stride,
+    share_out(threads, parts, [&](int64_t part, int) {
+      k.sampled_product(view, split_strips(view, begin, end, (int)part, parts),
+                        split_strips(view, begin, end, (int)part + 1, parts), padded, stride, dy + first * dy_stride,
                         dy_stride, n, accumulate || first > 0, dvalues);
     });
   }

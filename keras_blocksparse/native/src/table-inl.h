@@ -1,4 +1,5 @@
 // One instruction set's table of kernels. Included last by each kernels_*.cc.
+#include "int8-inl.h"
 #include "matmul-inl.h"
 #include "pointwise-inl.h"
 

@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -22,7 +23,6 @@ namespace {
 
 // About 30 us: longer than threads of one call wait for each other, shorter than anyone would notice.
 constexpr int kSpins = 2000;
-constexpr uint32_t kThreadsMask = 255;
 
 void pause() {
 #if defined(__x86_64__)
@@ -61,14 +61,15 @@ std::atomic<int> wanted_threads{-1};  // -1: not asked yet, 0: all cores
 
 }  // namespace
 
-void Signal::set(uint32_t value) {
-  count_.store(value, std::memory_order_seq_cst);
+void Signal::raise() {
+  count_.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst)) wake_all(count_);
 }
 
-bool Signal::wait_past(uint32_t old) {
+bool Signal::wait_past(uint32_t old, bool yields) {
   for (int i = 0; i < kSpins; i++) {
     if (now() != old) return false;
+    if (yields && i % 128 == 127) sched_yield();
     pause();
   }
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -97,36 +98,53 @@ int num_threads() {
     wanted_threads.store(wanted, std::memory_order_relaxed);
   }
   static const int available = cores();
-  const int most = available < (int)kThreadsMask ? available : (int)kThreadsMask;
+  const int most = available < kMaxThreads ? available : kMaxThreads;
   return wanted == 0 || wanted > most ? most : wanted;
 }
 
 namespace {
 
+double now_us() {
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // Never destroyed: threads may still look at it while the process ends.
 class Pool {
  public:
-  bool run(int n, void (*work)(void*, int), void* argument) {
+  // `all`: every helper takes part, because they meet at a barrier. If not, those that have not begun when the caller
+  // is done do not take part.
+  bool run(int n, void (*work)(void*, int), void* argument, bool all) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
-    if (!grow(n - 1)) {
-      busy_.store(false, std::memory_order_release);
-      return false;
+    const double begin = now_us();
+    const bool possible = begin >= rest_until_ && grow(n - 1);
+    if (possible) {
+      work_ = work, argument_ = argument;
+      running_.store(n - 1, std::memory_order_relaxed);
+      offers_.store(n - 1, std::memory_order_release);
+      start_.raise();
+      work(argument, 0);
+      if (!all) running_.fetch_sub(offers_.exchange(0, std::memory_order_relaxed), std::memory_order_relaxed);
+      wait_for_helpers(begin);
     }
-    work_ = work, argument_ = argument;
-    running_.store(n - 1, std::memory_order_relaxed);
-    // One number tells both that a run begins and who takes part. A helper that does not must not look at anything
-    // else: the next run may be under way already.
-    start_.set((start_.now() & ~kThreadsMask) + (kThreadsMask + 1) + (uint32_t)n);
-    work(argument, 0);
-    for (uint32_t seen; seen = done_.now(), running_.load(std::memory_order_acquire) != 0;) done_.wait_past(seen);
     busy_.store(false, std::memory_order_release);
-    return true;
+    return possible;
   }
 
  private:
+  // A helper that stays away for long has lost its core to another program. What that costs is kept to a twentieth of
+  // the time, by working alone for so long; half the caller's own time is what sharing may well have saved.
+  void wait_for_helpers(double begin) {
+    const double done = now_us();
+    bool slept = false;
+    for (uint32_t seen; seen = done_.now(), running_.load(std::memory_order_acquire) != 0;)
+      slept |= done_.wait_past(seen);
+    if (!slept) return;
+    const double end = now_us(), lost = end - done - (done - begin) / 2;
+    if (lost > 0) rest_until_ = end + 20 * lost;
+  }
+
   bool grow(int helpers) {
     while (helpers_ < helpers) {
-      const int index = helpers_ + 1;
       const uint32_t seen = start_.now();
       // Signals are for the program's own threads.
       sigset_t all, before;
@@ -134,22 +152,26 @@ class Pool {
       pthread_sigmask(SIG_SETMASK, &all, &before);
       bool started = true;
       try {
-        std::thread([this, index, seen] { serve(index, seen); }).detach();
+        std::thread([this, seen] { serve(seen); }).detach();
       } catch (...) {
         started = false;
       }
       pthread_sigmask(SIG_SETMASK, &before, nullptr);
       if (!started) return false;
-      helpers_ = index;
+      helpers_++;
     }
     return true;
   }
 
-  void serve(int index, uint32_t seen) {
+  void serve(uint32_t seen) {
     for (;;) {
-      start_.wait_past(seen);
+      start_.wait_past(seen, true);  // it may share the core of the caller, who has work to do
       seen = start_.now();
-      if (index >= (int)(seen & kThreadsMask)) continue;
+      // Only who has taken an offer may look at anything else: until it is done the run is not over.
+      int index = offers_.load(std::memory_order_relaxed);
+      while (index > 0 && !offers_.compare_exchange_weak(index, index - 1, std::memory_order_acquire)) {
+      }
+      if (index == 0) continue;
       work_(argument_, index);
       if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.raise();
     }
@@ -157,9 +179,10 @@ class Pool {
 
   std::atomic<bool> busy_{false};
   int helpers_ = 0;
+  double rest_until_ = 0;
   void (*work_)(void*, int) = nullptr;
   void* argument_ = nullptr;
-  std::atomic<int> running_{0};
+  std::atomic<int> offers_{0}, running_{0};  // helpers that may still begin; those that the run is not over without
   Signal start_, done_;
 };
 
@@ -196,7 +219,12 @@ thread_local Workspace workspace;
 bool run_together(int n, void (*work)(void*, int), void* argument) {
   if (n < 2) return false;
   Pool* p = pool();
-  return p && p->run(n, work, argument);
+  return p && p->run(n, work, argument, true);
+}
+
+bool run_helped(int n, void (*work)(void*, int), void* argument) {
+  Pool* p = pool();
+  return p && p->run(n, work, argument, false);
 }
 
 char* thread_workspace(size_t bytes) {

@@ -10,12 +10,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kbs.h"
 #include "kernels.h"
 
 #define KBS_INLINE inline __attribute__((always_inline))
+// A strip's kernel is a function of its own: inlined beside others it was up to 15 % slower.
+#define KBS_NOINLINE __attribute__((noinline))
 #define KBS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace kbs {
@@ -93,15 +96,17 @@ KBS_INLINE void emit(const Output& out, size_t row, uint32_t col, const float* v
   }
 }
 
-// Calls f.template operator()<width>() for the strip's width: kernels are compiled for each.
-#define KBS_FOR_WIDTH(width, CALL) \
-  switch (width) {                 \
-    case 16: CALL(16); break;      \
-    case 8: CALL(8); break;        \
-    case 4: CALL(4); break;        \
-    case 2: CALL(2); break;        \
-    default: CALL(1); break;       \
+// Calls f(std::integral_constant<int, width>) for a strip's width: kernels are compiled for each.
+template <class F>
+KBS_INLINE void for_width(uint32_t width, const F& f) {
+  switch (width) {
+    case 16: return f(std::integral_constant<int, 16>{});
+    case 8: return f(std::integral_constant<int, 8>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    default: return f(std::integral_constant<int, 1>{});
   }
+}
 
 }  // namespace
 }  // namespace KBS_ISA
