@@ -315,9 +315,9 @@ def layers_table(results: list[Result]) -> Table:
     return table
 
 
-def training_table(steps: dict[str, float]) -> Table:
+def training_table(steps: dict[str, float], setting: Setting) -> Table:
     """Training steps."""
-    table = Table(f"Training step, {TRAINING.name}", ("", "step", "slower than ours"),
+    table = Table(f"Training step, {setting.name}", ("", "step", "slower than ours"),
                   note="`train_on_batch`: forward, backward and Adam, mean square error.")  # fmt: skip
     table.rows += [
         (name, time_text(s), f"{s / steps['ours']:.2f}x" if "ours" in steps else "-") for name, s in steps.items()
@@ -356,7 +356,7 @@ def main() -> None:
     title = "Bars, if they were for layers of a quarter of the size" if options.quick else "Bars"
     tables = [bars_table(bars(results, scaling, steps), title), layers_table(results)]
     if steps:
-        tables.append(training_table(steps))
+        tables.append(training_table(steps, trained))
     console.print(f"{facts}\n{lead}\n")
     for table in tables:
         table.show()
