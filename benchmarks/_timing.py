@@ -148,5 +148,5 @@ class Limits:
         return lambda: (self._lib.read_all(*arguments), buffer)
 
     def by_two(self, first: Work, second: Work) -> Work:
-        """Both at once, on two threads; worth it for work much longer than the 50 us that handing it over takes."""
+        """Both at once, on two threads, for work much longer than handing it over and spreading over the cores."""
         return lambda: [task.result() for task in (self._pool.submit(first), self._pool.submit(second))]

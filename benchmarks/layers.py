@@ -254,7 +254,8 @@ def training(setting: Setting, rounds: int) -> dict[str, float] | None:
 
 def two_thread_limits(rounds: int, limits: Limits, nbytes: int) -> tuple[float, float]:
     """How much faster the machine itself is on two threads: at reading a buffer of `nbytes`, at multiply-adds."""
-    times, count = max(1, int(1e8) // nbytes), 400_000
+    # Some 30 ms: two threads that wake up on the same core are only moved apart after a while.
+    times, count = max(2, int(3e9) // nbytes), 16_000_000
     works = {
         "read": limits.read(nbytes, times),
         "read by two": limits.by_two(limits.read(nbytes // 2, times), limits.read(nbytes // 2, times)),
