@@ -3,11 +3,15 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_BENCH ?= .venv-bench
 # The oldest TensorFlow and Keras 3 that the suite passes on.
 OLDEST := 'tensorflow==2.16.*' 'keras==3.8.*'
 # One process a core is quickest: TensorFlow's import dominates short files, and its threads share the cores anyway.
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+# A checkout of the Opus codec's sources, whose block-sparse products then take part.
+OPUS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -21,7 +25,7 @@ demo test test-oldest bench docs: export CUDA_VISIBLE_DEVICES := -1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs test-native test-oldest bench clean
+.PHONY: help venv demo test lint docs test-native test-oldest bench-venv bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,6 +41,12 @@ $(VENV)/.stamp-%: $(PROJECT_FILES) | $(BIN)/python
 $(VENV_OLDEST)/.stamp-test: $(PROJECT_FILES)
 	$(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/python $(PIP_INSTALL) --editable '.[test]' $(OLDEST)
+	@touch $@
+
+# Other libraries have needs of their own, and none of them belongs to what a developer or a user installs.
+$(VENV_BENCH)/.stamp-bench: $(PROJECT_FILES)
+	$(PYTHON) -m venv $(VENV_BENCH)
+	$(VENV_BENCH)/bin/python $(PIP_INSTALL) --editable '.[bench]'
 	@touch $@
 
 venv: $(VENV)/.stamp-dev  ## install everything a developer needs into .venv
@@ -61,9 +71,13 @@ test-native:  ## the native core under address, undefined-behaviour and thread s
 test-oldest: $(VENV_OLDEST)/.stamp-test  ## the suite on the oldest TensorFlow and Keras supported
 	$(VENV_OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-bench: $(VENV)/.stamp-test  ## every benchmark in benchmarks/
-	@for file in benchmarks/[!_]*.py; do \
-		module=$$(basename $$file .py); echo "== $$module"; $(BIN)/python -m benchmarks.$$module || exit 1; done
+bench-venv: $(VENV_BENCH)/.stamp-bench  ## the libraries to compare with, in .venv-bench
+
+bench: $(VENV_BENCH)/.stamp-bench  ## against other libraries, into docs/benchmarks; BENCH_ARGS=--quick: a smoke run
+	$(VENV_BENCH)/bin/python -m benchmarks.kernels $(BENCH_ARGS) $(if $(OPUS),--opus $(OPUS))
+	$(VENV_BENCH)/bin/python -m benchmarks.layers $(BENCH_ARGS)
+	$(VENV_BENCH)/bin/python -m benchmarks.export_size_latency $(BENCH_ARGS)
+	$(VENV_BENCH)/bin/python -m benchmarks.training_cost $(BENCH_ARGS)
 
 clean:  ## remove what commands wrote, but the environments
 	rm -rf build dist site demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

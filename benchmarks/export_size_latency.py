@@ -38,7 +38,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runtimes", nargs="+", help="default: all that are installed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here, too")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="a smoke run: --units 256 --repeats 1")
+    options = parser.parse_args()
+    if options.quick:
+        options.units, options.repeats = [256], 1
+    return options
 
 
 def block_sparse_gru(units: int, timesteps: int, block: list[int], sparsity: float, seed: int):

@@ -238,7 +238,12 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=3, help="of each kind")
     parser.add_argument("--imports", type=int, default=7, help="processes to time the import in")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke run: --units 64 --cycles 1 --frequency 20 --models 1 --imports 1"
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.units, options.cycles, options.frequency, options.models, options.imports = 64, 1, 20, 1, 1
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"the directory of --json {options.json} does not exist")
 

@@ -1,0 +1,60 @@
+"""What the benchmarks write: no times here, but that their numbers are told rightly."""
+
+import numpy as np
+import pytest
+
+from benchmarks._opus import _pack
+from benchmarks._report import Bar, Table, bars_table, page, time_text, write
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.5e-6, "1.50 us"), (152.4e-6, "152 us"), (9.214e-3, "9.21 ms"), (0.99951, "1.00 s"), (99.96e-6, "100 us"),
+     (83, "83.0 s")],
+)  # fmt: skip
+def test_times_have_three_digits(seconds, text):
+    assert time_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("measured", "at_most", "verdict"),
+    [(5.0, False, "met"), (4.0, False, "MISSED, 20% off"), (4.0, True, "met"), (6.0, True, "MISSED, 20% off"),
+     (None, False, "-")],
+)  # fmt: skip
+def test_a_bar_is_met_or_missed_by_so_much(measured, at_most, verdict):
+    bar = Bar("a product", "{} the other", 5, measured, "1 us, 2 us", at_most)
+    assert bar.row()[-1] == verdict
+    assert bar.row()[1] == ("<= 5x the other" if at_most else ">= 5x the other")
+
+
+def test_a_bar_just_missed_does_not_read_as_its_bound():
+    row = Bar("a product", "{} of the peak", 0.9, 0.898, unit="%").row()
+    assert row[2] == "89.8%"
+    assert row[-1].startswith("MISSED")
+
+
+def test_a_page_has_the_bars_first_then_pictures_then_tables(tmp_path):
+    other = Table("Others", ("", "batch 1"), [("ours", "1 us")], note="A note.")
+    text = page("Title", "python -m it", "Lead.", "A machine", [bars_table([]), other], {"a_b.svg": "A sentence."})
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Title", "## Bars", "## Pictures", "## Others",
+    ]  # fmt: skip
+    assert "![a b](a_b.svg)\n\nA sentence." in text
+    assert "|  | batch 1 |\n|---|---:|\n| ours | 1 us |\n\nA note." in text
+    write(tmp_path / "new" / "page.md", text)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.md"]
+
+
+def test_opus_gets_the_blocks_it_walks_over():
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((12, 24)) * np.kron(rng.random((3, 3)) < 0.5, np.ones((4, 8)))
+    index, blocks = _pack(w)
+    x, y, place, block = rng.standard_normal(12), np.zeros(24), 0, 0
+    for output in range(0, 24, 8):
+        count, place = index[place], place + 1
+        for first in index[place : place + count]:
+            y[output : output + 8] += x[first : first + 4] @ blocks[block]
+            block += 1
+        place += count
+    assert (place, block) == (len(index), len(blocks))
+    np.testing.assert_allclose(y, x @ w)
