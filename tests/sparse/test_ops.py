@@ -377,6 +377,21 @@ def test_a_saved_model_works_in_another_process_and_says_what_is_missing_without
     assert "'KerasBlocksparse>Matmul'" in run_python(code.format(""))
 
 
+def test_an_instruction_set_that_the_cpu_lacks_is_an_error_of_the_op():
+    out = run_python(
+        """
+        import numpy as np, tensorflow as tf, keras_blocksparse as kbs
+        matrix = kbs.BlockSparseMatrix.from_dense(np.eye(8), (4, 4))
+        try:
+            kbs.block_sparse_matmul(np.ones((2, 8), "float32"), matrix)
+        except tf.errors.UnimplementedError as error:
+            print("UnimplementedError:", error)
+        """,
+        KBS_ISA="avx9000",
+    )
+    assert re.search("UnimplementedError: .*KBS_ISA.*avx9000", out)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
