@@ -22,7 +22,7 @@ from keras_blocksparse.sparse.layers import native_activation
 
 KINDS = sorted(RECURRENT)
 ACTIVATIONS = ["tanh", "sigmoid", "relu", "relu6", "linear", "hard_sigmoid", "elu"]  # there is no native elu
-INITIALIZERS = {"kernel_initializer": keras.initializers.RandomNormal(0, 0.5, seed=1)}
+INITIALIZERS = {"kernel_initializer": keras.initializers.RandomNormal(0, 0.2, seed=1)}
 
 
 def structure(rows, cols, gates=1, dtype="float32", block_size=(4, 4)):
@@ -64,7 +64,10 @@ def test_a_layer_computes_what_keras_computes(data, kind, batch, steps):
     if draw(st.booleans(), label="initial_state"):
         call["initial_state"] = [normal(batch, units, seed=s) for s in range(2 if kind == "LSTM" else 1)]
     x = normal(batch, steps, inputs)
-    assert_close(sparse(x, **call), stock(x, **call))
+    wanted = stock(x, **call)
+    # Without a bounded activation states grow, and every element has the rounding errors of the largest.
+    largest = max(1.0, *(float(np.abs(y).max()) for y in keras.tree.flatten(wanted)))
+    assert_close(sparse(x, **call), wanted, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_bias": False}, {"activation": "softmax"}])
