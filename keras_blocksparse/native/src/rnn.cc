@@ -288,13 +288,7 @@ void run_rnn(const Kernels& k, const kbs_rnn& rnn, const kbs_rnn_call& call) {
   int threads = available > 1 && step_us * (double)call.steps >= 2 * kWorthThreadsUs ? available : 1;
   // A group of fewer than 16 samples reads the matrix as slowly as one of 16: then share steps, if they are long.
   const bool share = threads > 1 && call.batch < 16 * threads && step_us >= kWorthThreadsUs;
-  // Calls that do not share steps, because the last one that did met other programs on the cores.
-  constexpr int kRest = 32;
-  static std::atomic<int> rest{0};
-  if (share && rest.load(std::memory_order_relaxed) > 0) {
-    rest.fetch_sub(1, std::memory_order_relaxed);
-    threads = 1;
-  } else if (share) {
+  if (share) {
     const int64_t groups = (call.batch + kBlockRows - 1) / kBlockRows;
     const int samples = (int)((call.batch + groups - 1) / groups);
     const size_t shared = Sequence::shared_bytes(rnn, samples), own = Sequence::own_bytes(rnn, samples);
@@ -314,10 +308,7 @@ void run_rnn(const Kernels& k, const kbs_rnn& rnn, const kbs_rnn_call& call) {
         if (j.threads > 1) j.barrier.wait();
       }
     };
-    if (run_together(threads, work, &job)) {
-      if (job.barrier.crowded()) rest.store(kRest, std::memory_order_relaxed);
-      return;
-    }
+    if (run_together(threads, work, &job)) return;
     threads = 1;
   }
   threads = (int)std::min<int64_t>(threads, call.batch);

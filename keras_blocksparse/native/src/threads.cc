@@ -3,9 +3,9 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -66,26 +66,24 @@ void Signal::raise() {
   if (sleepers_.load(std::memory_order_seq_cst)) wake_all(count_);
 }
 
-bool Signal::wait_past(uint32_t old, bool yields) {
+void Signal::wait_past(uint32_t old, bool yields) {
   for (int i = 0; i < kSpins; i++) {
-    if (now() != old) return false;
+    if (now() != old) return;
     if (yields && i % 128 == 127) sched_yield();
     pause();
   }
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (count_.load(std::memory_order_seq_cst) == old) sleep_while(count_, old);
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);
-  return true;
 }
 
 void Barrier::wait() {
   const uint32_t round = passed_.now();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    meetings_.fetch_add(1, std::memory_order_relaxed);
     passed_.raise();
-  } else if (passed_.wait_past(round)) {
-    sleeps_.fetch_add(1, std::memory_order_relaxed);
+  } else {
+    passed_.wait_past(round);
   }
 }
 
@@ -104,8 +102,10 @@ int num_threads() {
 
 namespace {
 
-double now_us() {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch()).count();
+double us(clockid_t clock) {
+  timespec now;
+  clock_gettime(clock, &now);
+  return (double)now.tv_sec * 1e6 + (double)now.tv_nsec * 1e-3;
 }
 
 // Never destroyed: threads may still look at it while the process ends.
@@ -115,34 +115,29 @@ class Pool {
   // is done do not take part.
   bool run(int n, void (*work)(void*, int), void* argument, bool all) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
-    const double begin = now_us();
+    const double begin = us(CLOCK_MONOTONIC);
     const bool possible = begin >= rest_until_ && grow(n - 1);
     if (possible) {
+      const double cpu_begin = us(CLOCK_THREAD_CPUTIME_ID);
       work_ = work, argument_ = argument;
       running_.store(n - 1, std::memory_order_relaxed);
       offers_.store(n - 1, std::memory_order_release);
       start_.raise();
       work(argument, 0);
       if (!all) running_.fetch_sub(offers_.exchange(0, std::memory_order_relaxed), std::memory_order_relaxed);
-      wait_for_helpers(begin);
+      for (uint32_t seen; seen = done_.now(), running_.load(std::memory_order_acquire) != 0;) done_.wait_past(seen);
+      // The caller slept, or had lost its core: other programs want them, and helpers only get in its own way. What that
+      // costs is kept to a fortieth of the time, by working alone for so long; half the caller's own time is what
+      // sharing may well have saved.
+      const double end = us(CLOCK_MONOTONIC), worked = us(CLOCK_THREAD_CPUTIME_ID) - cpu_begin;
+      const double lost = end - begin - worked - worked / 2;
+      if (lost > 0) rest_until_ = end + 40 * lost;
     }
     busy_.store(false, std::memory_order_release);
     return possible;
   }
 
  private:
-  // A helper that stays away for long has lost its core to another program. What that costs is kept to a twentieth of
-  // the time, by working alone for so long; half the caller's own time is what sharing may well have saved.
-  void wait_for_helpers(double begin) {
-    const double done = now_us();
-    bool slept = false;
-    for (uint32_t seen; seen = done_.now(), running_.load(std::memory_order_acquire) != 0;)
-      slept |= done_.wait_past(seen);
-    if (!slept) return;
-    const double end = now_us(), lost = end - done - (done - begin) / 2;
-    if (lost > 0) rest_until_ = end + 20 * lost;
-  }
-
   bool grow(int helpers) {
     while (helpers_ < helpers) {
       const uint32_t seen = start_.now();

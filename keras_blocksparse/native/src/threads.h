@@ -13,8 +13,8 @@ class Signal {
  public:
   uint32_t now() const { return count_.load(std::memory_order_acquire); }
   void raise();
-  // Whether it had to sleep. A thread that yields leaves its core to any other that could run.
-  bool wait_past(uint32_t old, bool yields = false);
+  // A thread that yields leaves its core to any other that could run.
+  void wait_past(uint32_t old, bool yields = false);
 
  private:
   std::atomic<uint32_t> count_{0};
@@ -26,13 +26,9 @@ class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
   void wait();
-  // Whether threads slept at more than one meeting of four: then they do not run at the same time, because other
-  // programs have the cores, and meeting costs more than it saves.
-  bool crowded() const { return 4 * sleeps_.load() > meetings_.load(); }
 
  private:
   const int threads_;
-  std::atomic<uint32_t> meetings_{0}, sleeps_{0};
   std::atomic<int> arrived_{0};
   Signal passed_;
 };
