@@ -398,6 +398,7 @@ extern "C" FAKE int check_ops(const char* library) {
   check_products();
   check_hostile(cases);
   check_failing_calls(cases);
+  std::printf("TensorFlow ops: %d wrong\n", failures);
   return failures != 0;
 }
 #endif

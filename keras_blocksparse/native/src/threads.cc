@@ -6,6 +6,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -124,20 +125,27 @@ class Pool {
       offers_.store(n - 1, std::memory_order_release);
       start_.raise();
       work(argument, 0);
-      if (!all) running_.fetch_sub(offers_.exchange(0, std::memory_order_relaxed), std::memory_order_relaxed);
+      const int absent = all ? 0 : offers_.exchange(0, std::memory_order_relaxed);
+      running_.fetch_sub(absent, std::memory_order_relaxed);
       for (uint32_t seen; seen = done_.now(), running_.load(std::memory_order_acquire) != 0;) done_.wait_past(seen);
-      // The caller slept, or had lost its core: other programs want them, and helpers only get in its own way. What that
-      // costs is kept to a fortieth of the time, by working alone for so long; half the caller's own time is what
-      // sharing may well have saved.
       const double end = us(CLOCK_MONOTONIC), worked = us(CLOCK_THREAD_CPUTIME_ID) - cpu_begin;
-      const double lost = end - begin - worked - worked / 2;
-      if (lost > 0) rest_until_ = end + 40 * lost;
+      account(end, absent < n - 1 ? worked / 2 : 0, end - begin - worked);
     }
     busy_.store(false, std::memory_order_release);
     return possible;
   }
 
  private:
+  // Where other programs want the cores, the caller sleeps or loses its core, and helpers only get in its way. So what
+  // sharing has saved lately, by a careful guess, may be lost again; what it loses beyond that is kept to a fortieth of
+  // the time, by working alone for so long.
+  void account(double now, double saved, double lost) {
+    credit_ = std::min(credit_ + saved - lost, kMostCredit);
+    if (credit_ >= 0) return;
+    rest_until_ = now - 40 * credit_;
+    credit_ = 0;
+  }
+
   bool grow(int helpers) {
     while (helpers_ < helpers) {
       const uint32_t seen = start_.now();
@@ -174,7 +182,8 @@ class Pool {
 
   std::atomic<bool> busy_{false};
   int helpers_ = 0;
-  double rest_until_ = 0;
+  static constexpr double kMostCredit = 20e3;
+  double rest_until_ = 0, credit_ = kMostCredit;  // microseconds
   void (*work_)(void*, int) = nullptr;
   void* argument_ = nullptr;
   std::atomic<int> offers_{0}, running_{0};  // helpers that may still begin; those that the run is not over without
