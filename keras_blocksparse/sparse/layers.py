@@ -291,7 +291,7 @@ class BlockSparseRNN(keras.layers.RNN):
             go_backwards=self.go_backwards,
             return_sequences=self.return_sequences,
             zero_output_for_mask=self.zero_output_for_mask,
-            training=bool(training) and cell.kernel_structure.dtype == "float32",  # others have no gradients to keep
+            training=bool(training),
         )
         return y, y, states  # last output and all outputs: Keras takes the one that `return_sequences` asks for
 

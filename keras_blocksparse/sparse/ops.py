@@ -202,7 +202,7 @@ def block_sparse_rnn(
         go_backwards=go_backwards,
         return_sequences=return_sequences,
         zero_output_for_mask=zero_output_for_mask,
-        reserve=training,
+        reserve=training and kernel.dtype == recurrent.dtype == "float32",  # others have no gradients
     )
     if return_sequences:
         y.set_shape([x.shape[0], x.shape[1], recurrent.shape[0]])

@@ -282,7 +282,7 @@ def test_a_sequence_with_short_weights(dtype, tolerance):
     x, h = tf.Variable(random(3, 7, 10)), np.zeros((3, 12), np.float32)
     matrices = kernel.structure, kernel.values, recurrent.structure, recurrent.values
     with tf.GradientTape() as tape:
-        y, _ = block_sparse_rnn(x, None, [h], *matrices, layer.cell.bias.value, **arguments)
+        y, _ = block_sparse_rnn(x, None, [h], *matrices, layer.cell.bias.value, **arguments, training=True)
     np.testing.assert_allclose(y, layer(x)[0], atol=tolerance)
     with pytest.raises(ValueError, match="for inference and have no gradients"):
         tape.gradient(y, x)

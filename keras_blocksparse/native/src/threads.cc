@@ -67,10 +67,11 @@ void Signal::raise() {
   if (sleepers_.load(std::memory_order_seq_cst)) wake_all(count_);
 }
 
-void Signal::wait_past(uint32_t old, bool yields) {
+void Signal::wait_past(uint32_t old) {
   for (int i = 0; i < kSpins; i++) {
     if (now() != old) return;
-    if (yields && i % 128 == 127) sched_yield();
+    // The thread that is waited for may have been put on the same core.
+    if (i % 128 == 127) sched_yield();
     pause();
   }
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -168,7 +169,7 @@ class Pool {
 
   void serve(uint32_t seen) {
     for (;;) {
-      start_.wait_past(seen, true);  // it may share the core of the caller, who has work to do
+      start_.wait_past(seen);
       seen = start_.now();
       // Only who has taken an offer may look at anything else: until it is done the run is not over.
       int index = offers_.load(std::memory_order_relaxed);

@@ -13,8 +13,7 @@ class Signal {
  public:
   uint32_t now() const { return count_.load(std::memory_order_acquire); }
   void raise();
-  // A thread that yields leaves its core to any other that could run.
-  void wait_past(uint32_t old, bool yields = false);
+  void wait_past(uint32_t old);
 
  private:
   std::atomic<uint32_t> count_{0};
