@@ -348,6 +348,21 @@ kbs_status open_packed(const void* packed, int64_t bytes, bool structure, View* 
 using kbs::fail;
 using kbs::guarded;
 
+namespace {
+
+// For what is told of a whole packed buffer: checks it, then calls body(view).
+template <class Body>
+kbs_status tell(const void* packed, int64_t bytes, const void* out, const Body& body) {
+  return guarded([&]() -> kbs_status {
+    if (!out) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+    kbs::View view;
+    if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
+    return body(view);
+  });
+}
+
+}  // namespace
+
 kbs_status kbs_packed_bytes(const float* w, int64_t rows, int64_t cols, int64_t gates, int64_t block_rows,
                             int64_t block_cols, int32_t dtype, const uint8_t* keep, int64_t* bytes) {
   return guarded([&]() -> kbs_status {
@@ -379,20 +394,14 @@ kbs_status kbs_validate(const void* packed, int64_t bytes) {
 }
 
 kbs_status kbs_inspect(const void* packed, int64_t bytes, kbs_info* info) {
-  return guarded([&]() -> kbs_status {
-    if (!info) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
-    kbs::View view;
-    if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
+  return tell(packed, bytes, info, [&](const kbs::View& view) -> kbs_status {
     *info = kbs::describe(*view.header);
     return KBS_OK;
   });
 }
 
 kbs_status kbs_unpack(const void* packed, int64_t bytes, float* w) {
-  return guarded([&]() -> kbs_status {
-    if (!w) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
-    kbs::View view;
-    if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
+  return tell(packed, bytes, w, [&](const kbs::View& view) -> kbs_status {
     const kbs::Header& h = *view.header;
     const char* values = (const char*)view.values;
     std::fill(w, w + (uint64_t)h.rows * h.cols, 0.f);
@@ -414,10 +423,7 @@ kbs_status kbs_unpack(const void* packed, int64_t bytes, float* w) {
 }
 
 kbs_status kbs_kept_blocks(const void* packed, int64_t bytes, uint8_t* keep) {
-  return guarded([&]() -> kbs_status {
-    if (!keep) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
-    kbs::View view;
-    if (kbs_status status = kbs::open_packed(packed, bytes, false, &view)) return status;
+  return tell(packed, bytes, keep, [&](const kbs::View& view) -> kbs_status {
     const kbs::Header& h = *view.header;
     const uint64_t down = (h.rows + h.block_rows - 1) / h.block_rows, gate_cols = h.cols / h.gates;
     const uint64_t across = (gate_cols + h.block_cols - 1) / h.block_cols;
