@@ -3,8 +3,9 @@
 A wrong file may end in a segmentation fault, so this never runs inside the exporting process. It imports numpy and the
 one runtime it was asked for, and nothing of this package. job.npz holds
 
-    job                      JSON: runtime, files (name -> path), cases (number of calls of each), carry (output name ->
-                             input name), checked and timed (names of files), repeats, seconds
+    job                      JSON: runtime, files (name -> path), delegate (path of our delegate, or null), delegated
+                             (names of the files that run with it), cases (number of calls of each), carry (output name
+                             -> input name), checked and timed (names of files), repeats, seconds
     case{c}/step{s}/{name}   inputs of call s of case c; names in `carry` come from the call before
 
 and out.npz gets
@@ -20,22 +21,23 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def load(runtime: str) -> tuple[Any, str]:
-    """Returns the Interpreter class of a runtime and its version."""
+def load(runtime: str) -> tuple[Any, Any, str]:
+    """Returns the Interpreter class of a runtime, its load_delegate, and its version."""
     if runtime == "tf.lite":
         import tensorflow as tf
 
-        return tf.lite.Interpreter, tf.__version__
+        return tf.lite.Interpreter, tf.lite.experimental.load_delegate, tf.__version__
     if runtime == "ai_edge_litert":
         from importlib.metadata import version
 
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert.interpreter import Interpreter, load_delegate
 
-        return Interpreter, version("ai-edge-litert")
+        return Interpreter, load_delegate, version("ai-edge-litert")
     if runtime == "tflite_runtime":
         from importlib import import_module
 
-        return import_module("tflite_runtime.interpreter").Interpreter, import_module("tflite_runtime").__version__
+        module = import_module("tflite_runtime.interpreter")
+        return module.Interpreter, module.load_delegate, import_module("tflite_runtime").__version__
     raise ValueError(f"Unknown runtime: {runtime}")
 
 
@@ -86,11 +88,12 @@ def main(job_path: str, out_path: str) -> None:
     with np.load(job_path) as file:
         arrays = dict(file)
     job = json.loads(str(arrays.pop("job")))
-    interpreter_class, version = load(job["runtime"])
+    interpreter_class, load_delegate, version = load(job["runtime"])
     result, outputs = {"version": version, "latency_ms": {}}, {}
     interpreters = {}
     for name, path in job["files"].items():
-        interpreters[name] = interpreter_class(model_path=path, num_threads=1)
+        delegates = [load_delegate(job["delegate"], {"num_threads": "1"})] if name in job["delegated"] else None
+        interpreters[name] = interpreter_class(model_path=path, num_threads=1, experimental_delegates=delegates)
         interpreters[name].allocate_tensors()
     for name in job["checked"]:
         for case, step, values in run_cases(interpreters[name], arrays, job["carry"], job["cases"]):

@@ -463,12 +463,13 @@ def _tensor_specs(specs: list[InputSpec]) -> list[Any]:
 # ---- converting
 
 
-def to_tflite(traced: Traced, quantize: str | None) -> bytes:
+def to_tflite(traced: Traced, quantize: str | None, marked: bool = False) -> bytes:
     """Runs TensorFlow's converter and returns the bytes of a dense file of builtin operators.
 
     Args:
         traced: from `trace`.
         quantize: None, `"int8"` (dynamic range: int8 weights, float activations) or `"float16"` (weights only).
+        marked: the function holds the marks of `fuse.py`, which are no builtin operators.
 
     Raises:
         ExportError: the converter failed, or an operator has no TFLite builtin; the message names it.
@@ -479,6 +480,7 @@ def to_tflite(traced: Traced, quantize: str | None) -> bytes:
         converter = tf.lite.TFLiteConverter.from_concrete_functions([traced.function])
     # Writes a step's output in place. Without it each step of a loop copies the whole output sequence twice.
     converter._experimental_enable_dynamic_update_slice = True
+    converter.allow_custom_ops = marked
     if quantize is not None:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if quantize == "float16":

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from keras_blocksparse.lite import convert, validation
+from keras_blocksparse.lite.delegate import delegate_path
 from keras_blocksparse.lite.flatbuffer import Flatbuffer
+from keras_blocksparse.lite.fuse import FusedCall, mark_layers, name_weights, outline, set_attributes
 from keras_blocksparse.lite.hoist import hoist_input_projections
 from keras_blocksparse.lite.report import ExportReport
 from keras_blocksparse.lite.sparsify import fill_zeros, keras_weights, sparsify
 
-TARGETS = ("stock",)
-QUANTIZE = (None, "int8", "float16")
+TARGETS = ("stock", "fast")
+QUANTIZE = (None, "int8", "float16", "bfloat16")
+COMPAT = (None, "custom")
 
 
 def export_tflite(
@@ -28,6 +31,7 @@ def export_tflite(
     batch_size: int = 1,
     timesteps: int | None = None,
     streaming: bool = False,
+    compat: str | None = None,
     validate: bool = True,
     measure_latency: bool = True,
     tolerance: float | None = None,
@@ -38,9 +42,12 @@ def export_tflite(
 ) -> ExportReport:
     """Writes a Keras model as a TFLite file in which zero blocks take no bytes and no time.
 
-    Recurrent layers stay loops of builtin operators, so that any TFLite or LiteRT runtime can run the file. Before it
-    is moved to `path` it is run in a subprocess on the runtimes installed here and compared with the Keras model; if it
-    does not compute the same, an `ExportError` is raised and whatever was at `path` stays as it was.
+    With `target="stock"` recurrent layers stay loops of builtin operators, so that any TFLite or LiteRT runtime can run
+    the file. With `target="fast"` each GRU, LSTM and SimpleRNN is one operator that our delegate (`kbs.lite`) runs in
+    one go, with its zero blocks left out; a runtime without the delegate runs the loop of builtin operators that the
+    same file holds on the same weights. Before a file is moved to `path` it is run in a subprocess on the runtimes
+    installed here, with and without the delegate, and compared with the Keras model; if it does not compute the same,
+    an `ExportError` is raised and whatever was at `path` stays as it was.
 
     The model is only read. It may still carry pruning constraints, and it may have a mixed precision policy (the file
     computes in float32). Outputs are compared on random inputs: normal for floats, token ids within the model's
@@ -54,6 +61,9 @@ def export_tflite(
     report = export_tflite(model, "model.tflite")
     print(report)                      # bytes, error and latency against the dense file, encoding of each weight
     export_tflite(model, "model_int8.tflite", quantize="int8")
+
+    export_tflite(model, "fast.tflite", target="fast")
+    y = kbs.lite.Interpreter("fast.tflite").get_signature_runner()(x=x)["y"]
     ```
 
     A streaming file takes the states as inputs and gives them back. With one recurrent layer they are called `h_in` and
@@ -72,16 +82,22 @@ def export_tflite(
     Args:
         model: a built `keras.Model` with float32 weights.
         path: file to write. Its directory must exist.
-        target: `"stock"`, a file for the TFLite runtimes as they are distributed.
+        target: `"stock"`, a file for the TFLite runtimes as they are distributed; `"fast"`, one that our delegate runs
+            faster, and that they run too.
         quantize: None for float32 (zero blocks of 1x4 are skipped); `"int8"` for int8 weights and float32 activations
             (zero blocks of 1x16 are skipped); `"float16"` for float16 weights that are unpacked when the file is
-            loaded, so the file is small but no faster than a dense one. A weight that does not fit or would not gain is
-            stored otherwise; the report says how and why.
+            loaded, so the file is small but no faster than a dense one; `"bfloat16"`, for `target="fast"`, weights
+            rounded to bfloat16, which the delegate computes with as they are (in the file they are float16 numbers, so
+            that other runtimes can unpack them). A weight that does not fit or would not gain is stored otherwise; the
+            report says how and why.
         batch_size: static batch of the file.
         timesteps: static number of timesteps, needed if the model leaves its time axis open. When streaming: frames per
             call, 1 by default.
         streaming: make the states of the recurrent layers inputs and outputs. Not for Bidirectional or `go_backwards`
             layers.
+        compat: None, or `"custom"` for runtimes that do not know STABLEHLO_COMPOSITE (TensorFlow before 2.17,
+            tflite-runtime): recurrent layers become custom operators, which only the delegate runs. For
+            `target="fast"`.
         validate: run the file and compare it before it is moved to `path`. Leave it on: wrong files can be silent, or
             crash.
         measure_latency: time the file and its dense float32 twin, one thread, in turns.
@@ -104,10 +120,17 @@ def export_tflite(
         ImportError: no TFLite runtime to run the file on, or TensorFlow is missing.
         ExportError: an operation of the model has no TFLite builtin, or the file failed its comparison.
     """
-    _check_arguments(target, quantize, batch_size, timesteps, tolerance, timeout)
+    _check_arguments(target, quantize, batch_size, timesteps, compat, tolerance, timeout)
     path = _check_path(path)
     _require_tensorflow()
-    run_on = validation.installed_runtimes(runtimes) if validate or measure_latency else []
+    fast = target == "fast"
+    run_on = (
+        validation.installed_runtimes(runtimes, composites=fast and compat is None)
+        if validate or measure_latency
+        else []
+    )
+    if fast and run_on:
+        delegate_path()
     convert.check_model(model)
     if streaming:
         convert.streaming_layers(model)
@@ -118,35 +141,56 @@ def export_tflite(
     with _temporary_directory(path) as workdir:
         say(f"tracing {model.name}")
         traced = convert.trace(model, specs, streaming)
+        calls: list[FusedCall] = []
+        not_fused: dict[str, str] = {}
+        if fast:
+            with mark_layers(model, streaming, calls, not_fused):
+                marked = convert.trace(model, specs, streaming)
         input_names = [s.name for s in (*traced.inputs, *traced.states)]
         output_names = [*traced.output_names, *traced.state_outputs]
 
         say("converting to dense float32")
         files = {"dense": workdir / "dense.tflite", "export": workdir / "export.tflite"}
         twins = {"dense": convert.to_tflite(traced, None)}
+        convert_to = "float16" if quantize == "bfloat16" else quantize
         if quantize is not None:
-            say(f"converting to dense {quantize}")
+            say(f"converting to dense {convert_to}")
             files["twin"] = workdir / "twin.tflite"
-            twins["twin"] = convert.to_tflite(traced, quantize)
+            twins["twin"] = convert.to_tflite(traced, convert_to)
 
         say("encoding weights")
         for name, data in twins.items():
             twin = Flatbuffer(data)
             twin.set_signature(input_names, output_names)
             files[name].write_bytes(twin.tobytes())
-        file = Flatbuffer(twins.get("twin", twins["dense"]))
+        if fast:
+            file = Flatbuffer(convert.to_tflite(marked, convert_to, marked=True))
+            outline(file, calls)
+        else:
+            file = Flatbuffer(twins.get("twin", twins["dense"]))
         convert.refuse_custom_ops(file.custom_ops())
         # Up to about TF 2.16, XNNPACK mixes up what it unpacks in one subgraph with what it unpacks in the next (a
         # dense float16 file of the converter's own can be wrong there); leaving float16 weights where they are gives it
         # the least to mix up.
-        if quantize != "float16":
+        if quantize != "float16" or fast:
             hoist_input_projections(file)
         fill_zeros(file)
+        name_weights(file, calls)
         records = sparsify(file, quantize, keras_weights(model))
+        set_attributes(file, calls, quantize == "bfloat16", compat)
         file.set_signature(input_names, output_names)
-        files["export"].write_bytes(file.tobytes())
+        finished = files["export"]
+        finished.write_bytes(file.tobytes())
 
         states = dict(zip(traced.state_outputs, [s.name for s in traced.states], strict=True))
+        # The same file may run twice, with the delegate and without.
+        runs = ["export"] if compat is None else []
+        if fast:
+            files["fused"] = files["export"]
+            runs.append("fused")
+        if compat is not None:
+            del files["export"]
+        labels = {"export": "{}", "fused": "{} with delegate"}
         max_error, allowed, latency, latency_dense, versions = {}, {}, {}, {}, {}
         if run_on:
             cases = validation.make_cases(model, traced, seed)
@@ -155,27 +199,33 @@ def export_tflite(
             result = validation.run(
                 runtime,
                 files,
+                ["fused"] if fast else [],
                 cases,
                 states,
-                checked=(["export"] if quantize is None else list(files)) if validate else [],
-                timed=["export", "dense"] if measure_latency else [],
+                checked=(runs if quantize is None else list(files)) if validate else [],
+                timed=[*runs, "dense"] if measure_latency else [],
                 workdir=workdir,
                 timeout=timeout,
             )
             versions[runtime] = result.version
-            if validate:
-                max_error[runtime], allowed[runtime] = validation.check(
-                    runtime, result, cases, quantize, tolerance, streaming
-                )
-            if measure_latency:
-                latency[runtime], latency_dense[runtime] = result.latency_ms["export"], result.latency_ms["dense"]
+            for name in runs:
+                label = labels[name].format(runtime)
+                if validate:
+                    max_error[label], allowed[label] = validation.check(
+                        label, name, result, cases, quantize, tolerance, streaming
+                    )
+                if measure_latency:
+                    latency[label], latency_dense[label] = result.latency_ms[name], result.latency_ms["dense"]
 
         report = ExportReport(
             path=str(path),
             target=target,
             quantize=quantize,
             streaming=streaming,
-            bytes=files["export"].stat().st_size,
+            compat=compat,
+            fused=tuple(dict.fromkeys(call.layer for call in calls)),
+            not_fused=not_fused,
+            bytes=finished.stat().st_size,
             bytes_dense=len(twins["dense"]),
             weights=tuple(records),
             inputs={s.name: (s.shape, s.dtype) for s in (*traced.inputs, *traced.states)},
@@ -188,7 +238,7 @@ def export_tflite(
             runtimes=versions,
             cpu=validation.cpu_name() if run_on else "",
         )
-        os.replace(files["export"], path)
+        os.replace(finished, path)
     say(f"wrote {path}")
     return report
 
@@ -197,12 +247,24 @@ def export_tflite(
 
 
 def _check_arguments(
-    target: str, quantize: str | None, batch_size: int, timesteps: int | None, tolerance: float | None, timeout: float
+    target: str,
+    quantize: str | None,
+    batch_size: int,
+    timesteps: int | None,
+    compat: str | None,
+    tolerance: float | None,
+    timeout: float,
 ) -> None:
     if target not in TARGETS:
         raise ValueError(f"target must be one of {list(TARGETS)}. Received: target={target!r}")
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize must be one of {list(QUANTIZE)}. Received: quantize={quantize!r}")
+    if compat not in COMPAT:
+        raise ValueError(f"compat must be one of {list(COMPAT)}. Received: compat={compat!r}")
+    if target != "fast":
+        for name, value in (("quantize", quantize if quantize == "bfloat16" else None), ("compat", compat)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} is for target='fast'. Received: target={target!r}")
     if not _is_count(batch_size):
         raise ValueError(f"batch_size must be a positive integer. Received: batch_size={batch_size!r}")
     if timesteps is not None and not _is_count(timesteps):

@@ -39,6 +39,12 @@ class Flatbuffer:
 
         self.schema = schema
         self.tree = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(data, 0))
+        self._dtypes = {
+            schema.TensorType.FLOAT32: np.float32,
+            schema.TensorType.FLOAT16: np.float16,
+            schema.TensorType.INT8: np.int8,
+        }
+        self._buffers: dict[bytes, int] = {}
 
     # ---- reading
 
@@ -53,7 +59,8 @@ class Flatbuffer:
 
     def custom_ops(self) -> list[str]:
         """Custom codes of the operators that are not builtin, sorted; `Flex...` ones are TensorFlow's own kernels."""
-        return sorted(c.customCode.decode() for c in self.tree.operatorCodes if c.customCode)
+        ops = [op for graph in self.tree.subgraphs for op in graph.operators or ()]
+        return sorted({self.op_name(op) for op in ops if self.tree.operatorCodes[op.opcodeIndex].customCode})
 
     def operators(self, name: str) -> Iterator[tuple[Any, Any]]:
         """Yields `(subgraph, operator)` for each operator of the name."""
@@ -67,11 +74,7 @@ class Flatbuffer:
         data = self.tree.buffers[tensor.buffer].data
         if data is None or len(data) == 0 or tensor.sparsity is not None:
             return None
-        dtype = {
-            self.schema.TensorType.FLOAT32: np.float32,
-            self.schema.TensorType.FLOAT16: np.float16,
-            self.schema.TensorType.INT8: np.int8,
-        }.get(tensor.type)
+        dtype = self._dtypes.get(tensor.type)
         if dtype is None:
             return None
         return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(np.asarray(tensor.shape, int))
@@ -79,21 +82,71 @@ class Flatbuffer:
     # ---- changing
 
     def add_buffer(self, data: np.ndarray) -> int:
-        """Appends a buffer with the bytes of the array and returns its index."""
-        self.tree.buffers.append(self.schema.BufferT())
-        self.tree.buffers[-1].data = np.frombuffer(data.tobytes(), np.uint8)
-        return len(self.tree.buffers) - 1
+        """Index of a buffer with the bytes of the array: one that was added before, or a new one.
 
-    def opcode(self, builtin: int, version: int) -> int:
+        A layer that is called twice has its weights in two loops, and they go on sharing one buffer.
+        """
+        content = data.tobytes()
+        if content not in self._buffers:
+            self.tree.buffers.append(self.schema.BufferT())
+            self.tree.buffers[-1].data = np.frombuffer(content, np.uint8)
+            self._buffers[content] = len(self.tree.buffers) - 1
+        return self._buffers[content]
+
+    def add_tensor(self, graph: Any, tensor: Any) -> int:
+        """Appends a tensor to a subgraph and returns its number there."""
+        graph.tensors.append(tensor)
+        return len(graph.tensors) - 1
+
+    def add_constant(self, graph: Any, name: bytes, value: np.ndarray) -> int:
+        """Appends a constant tensor, float32 or int32, to a subgraph and returns its number there."""
+        tensor = self.schema.TensorT()
+        tensor.name, tensor.hasRank = name, True
+        tensor.type = {np.float32: self.schema.TensorType.FLOAT32, np.int32: self.schema.TensorType.INT32}[
+            value.dtype.type
+        ]
+        tensor.shape = np.array(value.shape, np.int32)
+        tensor.buffer = self.add_buffer(value)
+        return self.add_tensor(graph, tensor)
+
+    def copy_tensor(self, tensor: Any, graph: Any) -> int:
+        """Appends a copy of a tensor, on the same buffer, to a subgraph and returns its number there."""
+        copy = self.schema.TensorT()
+        copy.__dict__.update(tensor.__dict__)
+        return self.add_tensor(graph, copy)
+
+    def copy_operator(self, op: Any) -> Any:
+        """A copy of an operator, to be put somewhere."""
+        copy = self.schema.OperatorT()
+        copy.__dict__.update(op.__dict__)
+        return copy
+
+    def operator(self, name: str, inputs: list[int], outputs: list[int]) -> Any:
+        """An operator of version 1 with its default options; `name` as the schema writes it."""
+        op = self.schema.OperatorT()
+        op.opcodeIndex = self.opcode(getattr(self.schema.BuiltinOperator, name), 1)
+        options = "".join(part.capitalize() for part in name.split("_")) + "Options"
+        op.builtinOptionsType = getattr(self.schema.BuiltinOptions, options)
+        op.builtinOptions = getattr(self.schema, options + "T")()
+        op.inputs, op.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
+        return op
+
+    def custom_opcode(self, name: str) -> int:
+        """Index of the operator code of a custom operator; it is added if the model has none."""
+        return self.opcode(self.schema.BuiltinOperator.CUSTOM, 1, name.encode())
+
+    def opcode(self, builtin: int, version: int, custom: bytes | None = None) -> int:
         """Index of the operator code with this builtin and version; it is added if the model has none."""
         for i, code in enumerate(self.tree.operatorCodes):
-            if max(code.builtinCode, code.deprecatedBuiltinCode) == builtin and code.version == version:
+            same = max(code.builtinCode, code.deprecatedBuiltinCode) == builtin and code.version == version
+            if same and (custom is None or code.customCode == custom):
                 return i
         code = self.schema.OperatorCodeT()
         code.builtinCode = builtin
         # Readers older than the 32-bit field look at this one; 127 sends them to the other.
         code.deprecatedBuiltinCode = min(builtin, 127)
         code.version = version
+        code.customCode = custom
         self.tree.operatorCodes.append(code)
         return len(self.tree.operatorCodes) - 1
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from keras_blocksparse.lite.flatbuffer import Flatbuffer
+from keras_blocksparse.lite.sparsify import unpacking
 
 # The first version of FULLY_CONNECTED whose output keeps the leading dimensions of its input.
 _FC_KEEPS_DIMS = 5
@@ -75,14 +76,9 @@ def _projection(file: Flatbuffer, body: Any, position: int) -> tuple[Any, Any] |
 
 def _is_constant(file: Flatbuffer, graph: Any, index: int) -> bool:
     """Whether a tensor is a constant, or one that a DEQUANTIZE unpacks from float16."""
-    unpack = _unpacking(file, graph, index)
+    unpack = unpacking(file, graph, index)
     data = file.tree.buffers[graph.tensors[unpack.inputs[0] if unpack else index].buffer].data
     return data is not None and len(data) > 0
-
-
-def _unpacking(file: Flatbuffer, graph: Any, index: int) -> Any | None:
-    """The DEQUANTIZE that gives the tensor, or None."""
-    return next((op for op in graph.operators if index in list(op.outputs) and file.op_name(op) == "DEQUANTIZE"), None)
 
 
 def _move(
@@ -93,16 +89,11 @@ def _move(
     units = int(body.tensors[multiply.outputs[0]].shape[-1])
     shape = np.array([*graph.tensors[sequence].shape[:2], units], np.int32)
 
-    def add(tensor: Any) -> int:
-        graph.tensors.append(tensor)
-        return len(graph.tensors) - 1
-
     def move_constant(index: int, reader: Any) -> int:
-        copied = add(_copy(schema, body.tensors[index]))
-        unpack = _unpacking(file, body, index)
+        copied = file.copy_tensor(body.tensors[index], graph)
+        unpack = unpacking(file, body, index)
         if unpack is not None:
-            again = schema.OperatorT()
-            again.__dict__.update(unpack.__dict__)
+            again = file.copy_operator(unpack)
             again.inputs = np.array([move_constant(unpack.inputs[0], unpack)], np.int32)
             again.outputs = np.array([copied], np.int32)
             graph.operators.insert(graph.operators.index(loop), again)
@@ -113,10 +104,10 @@ def _move(
         return copied
 
     weights = [move_constant(index, multiply) if index >= 0 else -1 for index in multiply.inputs[1:]]
-    projected = _copy(schema, graph.tensors[sequence])
+    target = file.copy_tensor(graph.tensors[sequence], graph)
+    projected = graph.tensors[target]
     projected.name = body.tensors[multiply.outputs[0]].name + b"/all_timesteps"
     projected.shape, projected.shapeSignature, projected.buffer = shape, None, 0
-    target = add(projected)
 
     op = schema.OperatorT()
     code = file.tree.operatorCodes[multiply.opcodeIndex]
@@ -144,9 +135,3 @@ def _replace(values: Any, position: int, value: int) -> np.ndarray:
     changed = np.array(values, np.int32)
     changed[position] = value
     return changed
-
-
-def _copy(schema: Any, tensor: Any) -> Any:
-    copy = schema.TensorT()
-    copy.__dict__.update(tensor.__dict__)
-    return copy

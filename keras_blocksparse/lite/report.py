@@ -36,15 +36,19 @@ class WeightRecord:
 class ExportReport:
     """Result of `export_tflite`. `str(report)` is a table, `report.to_dict()` goes into JSON.
 
-    Dicts are keyed by runtime (`"tf.lite"`, `"ai_edge_litert"`); they are empty if the file was not run.
+    Dicts of runs are keyed by runtime: `"tf.lite"`, `"ai_edge_litert"`, and `"tf.lite with delegate"` and so on for
+    runs with our delegate. They are empty if the file was not run.
 
     Attributes:
         path: the file.
-        target: `"stock"`.
-        quantize: None, `"int8"` or `"float16"`.
+        target: `"stock"` or `"fast"`.
+        quantize: None, `"int8"`, `"float16"` or `"bfloat16"`.
         streaming: whether states are inputs and outputs.
         bytes: size of the file.
         bytes_dense: size of the same model as a dense float32 file, converted in the same call.
+        compat: None or `"custom"`.
+        fused: paths of the recurrent layers that are one operator each.
+        not_fused: with `target="fast"`, paths of those that are not, and why.
         weights: one record per weight.
         inputs: signature inputs, name to `(shape, dtype)`; states included.
         outputs: signature outputs, name to `(shape, dtype)`; states included.
@@ -66,6 +70,9 @@ class ExportReport:
     weights: tuple[WeightRecord, ...]
     inputs: dict[str, tuple[tuple[int, ...], str]]
     outputs: dict[str, tuple[tuple[int, ...], str]]
+    compat: str | None = None
+    fused: tuple[str, ...] = ()
+    not_fused: dict[str, str] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
     max_error: dict[str, float] = field(default_factory=dict)
     tolerance: dict[str, float] = field(default_factory=dict)
@@ -93,8 +100,14 @@ class ExportReport:
             f"{self.path}: target {self.target}, {self.quantize or 'float32'}{', streaming' if self.streaming else ''}",
             f"  {_size(self.bytes)}, {self.ratio:.1f}x smaller than dense float32 ({_size(self.bytes_dense)})",
         ]
-        for name, version in self.runtimes.items():
-            line = f"  {name} {version}:"
+        if self.target == "fast":
+            lines.append(f"  one operator each: {', '.join(self.fused) or 'no layer'}")
+            lines += [f"  left as it was: {layer}, for {why}" for layer, why in self.not_fused.items()]
+        if self.compat == "custom":
+            lines.append("  runs with our delegate only")
+        runs = self.max_error or self.latency_ms
+        for name in runs:
+            line = f"  {name} ({self.runtimes[name.split(' ')[0]]}):"
             if name in self.max_error:
                 line += f" max error {self.max_error[name]:.1e} (tolerance {self.tolerance[name]:.1e})"
             if name in self.latency_ms:

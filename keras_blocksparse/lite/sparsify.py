@@ -60,7 +60,7 @@ def sparsify(file: Flatbuffer, quantize: str | None, weights: list[KerasWeight])
 
     Args:
         file: a dense file, converted with the same `quantize`.
-        quantize: None, `"int8"` or `"float16"`.
+        quantize: None, `"int8"`, `"float16"`, or `"bfloat16"` for a file that was converted to float16.
         weights: the model's matrices. They name the records, and they hold the float values where an int8 file keeps a
             float weight.
 
@@ -68,10 +68,9 @@ def sparsify(file: Flatbuffer, quantize: str | None, weights: list[KerasWeight])
         One record for each weight matrix and each larger constant of another operator.
     """
     records: list[WeightRecord] = []
-    stored: dict[Any, int] = {}
     for graph in file.tree.subgraphs:
         for index in _weight_tensors(file, graph):
-            records.append(_Weight(file, graph, index, quantize, weights, stored).encode())
+            records.append(_Weight(file, graph, index, quantize, weights).encode())
     return records
 
 
@@ -99,9 +98,8 @@ class _Weight:
         index: int,
         quantize: str | None,
         weights: list[KerasWeight],
-        stored: dict[Any, int],
     ) -> None:
-        self.file, self.graph, self.index, self.quantize, self.stored = file, graph, index, quantize, stored
+        self.file, self.graph, self.index, self.quantize = file, graph, index, quantize
         self.tensor = graph.tensors[index]
         value = file.constant(self.tensor)
         assert value is not None, "only constants become weights"
@@ -113,8 +111,10 @@ class _Weight:
         """Picks the encoding, changes the file, and says what was done."""
         if self.value.nbytes < _MIN_BYTES:
             return self._dense("smaller than the description of a sparse tensor")
-        if self.quantize == "float16":
-            return self._densify("float16 has no sparse kernel")
+        if self.quantize == "bfloat16" and self.value.dtype == np.float16:
+            self._round()
+        if self.quantize in ("float16", "bfloat16"):
+            return self._densify(f"{self.quantize} has no sparse kernel")
         if self.index in list(self.graph.outputs):
             return self._dense("the graph gives it out")
         if not all(self.file.op_name(op) == "FULLY_CONNECTED" and op.inputs[1] == self.index for op in self.readers):
@@ -124,6 +124,25 @@ class _Weight:
         if self.value.dtype == np.int8:
             return self._int8()
         return self._float32()
+
+    def _round(self) -> None:
+        """Rounds the weight to bfloat16, and keeps it as the float16 numbers that are the same.
+
+        TFLite unpacks float16 and not bfloat16. Numbers of bfloat16's 8 bits fit into float16's 11 wherever weights
+        are; below 6e-5 they lose digits that are less than 6e-8.
+        """
+        import ml_dtypes
+
+        source = self.value.astype(np.float32) if self.float_value is None else self.float_value
+        value = source.astype(ml_dtypes.bfloat16).astype(np.float16)
+        if not np.isfinite(value).all():
+            name = self.keras or self.tensor.name.decode()
+            raise ValueError(
+                f"quantize='bfloat16' takes weights up to {np.finfo(np.float16).max:.0f}, the largest float16. "
+                f"Received: {name} with {np.abs(source).max():.3g}"
+            )
+        self.value = value.reshape(self.value.shape)
+        self.tensor.buffer = self.file.add_buffer(self.value)
 
     # ---- the choices
 
@@ -189,8 +208,8 @@ class _Weight:
         unpacked.shapeSignature = None
         unpacked.hasRank = True
         unpacked.buffer = 0
-        dense = _append(self.graph, unpacked)
-        op = _operator(self.file, "DENSIFY", [self.index], [dense])
+        dense = self.file.add_tensor(self.graph, unpacked)
+        op = self.file.operator("DENSIFY", [self.index], [dense])
         for reader in self.readers:
             reader.inputs = np.where(np.asarray(reader.inputs) == self.index, dense, reader.inputs).astype(np.int32)
         # Operators run in the order they are listed; nothing the constant depends on comes before.
@@ -217,17 +236,13 @@ class _Weight:
             0,
         )
         shape.shape = np.array([self.value.ndim], np.int32)
-        op = _operator(self.file, "SHAPE", [dense], [_append(self.graph, shape)])
+        op = self.file.operator("SHAPE", [dense], [self.file.add_tensor(self.graph, shape)])
         op.builtinOptions.outType = schema.TensorType.INT32
         self.graph.operators.insert(1, op)
 
     def _store(self, csr: BlockCSR) -> None:
-        # A layer that is called twice has its weight in two loop bodies; they go on sharing one buffer.
-        key = (self.tensor.buffer, csr.block, csr.values.dtype)
-        if key not in self.stored:
-            self.stored[key] = self.file.add_buffer(csr.values)
         self.tensor.sparsity = self.file.sparsity(csr, self.value.shape)
-        self.tensor.buffer = self.stored[key]
+        self.tensor.buffer = self.file.add_buffer(csr.values)
 
     def _dense(self, why: str) -> WeightRecord:
         return self._record("dense", self.value.nbytes, self.value.dtype, why)
@@ -248,28 +263,41 @@ class _Weight:
 
     def _recognise(self, weights: list[KerasWeight]) -> tuple[str, np.ndarray | None]:
         """Path and float value of the Keras weight this constant is: as it is, transposed, or some of its columns."""
-        value, relative, absolute = self.value, 0.0, 1e-7
-        if value.ndim != 2:
+        if self.value.ndim != 2:
             return "", None
-        if value.dtype == np.int8:
-            scale = np.float32(self.tensor.quantization.scale[0])
-            value, absolute = value * scale, 0.51 * float(scale)
-        elif value.dtype == np.float16:
-            value, relative = value.astype(np.float32), 1e-3
-        outputs, inputs = value.shape
+        outputs, inputs = self.value.shape
         for weight in weights:
             rows, cols = weight.value.shape
-            if rows == inputs and cols >= outputs:
-                # Gates lie side by side, and a layer may multiply by some of them only: the first, the last, or one
-                # after the other.
-                for start in sorted({*range(0, cols - outputs + 1, outputs), cols - outputs}):
-                    part = weight.value[:, start : start + outputs].T
-                    if np.allclose(value, part, rtol=relative, atol=absolute):
-                        columns = "" if outputs == cols else f"[:, {start}:{start + outputs}]"
-                        return weight.path + columns, np.ascontiguousarray(part)
-            if (rows, cols) == value.shape and np.allclose(value, weight.value, rtol=relative, atol=absolute):
+            for start in columns_of(self.tensor, self.value, weight)[:1]:
+                columns = "" if outputs == cols else f"[:, {start}:{start + outputs}]"
+                return weight.path + columns, np.ascontiguousarray(weight.value[:, start : start + outputs].T)
+            if (rows, cols) == (outputs, inputs) and _is_close(self.tensor, self.value, weight.value):
                 return weight.path, weight.value
         return "", None
+
+
+def columns_of(tensor: Any, value: np.ndarray, weight: KerasWeight) -> list[int]:
+    """Where in a Keras weight (inputs, outputs) the columns begin that a constant (outputs, inputs) of a file holds.
+
+    Gates lie side by side, and a layer may multiply by some of them only: the first, the last, or one after the other.
+    """
+    outputs, inputs = value.shape
+    rows, cols = weight.value.shape
+    if rows != inputs or cols < outputs:
+        return []
+    starts = sorted({*range(0, cols - outputs + 1, outputs), cols - outputs})
+    return [s for s in starts if _is_close(tensor, value, weight.value[:, s : s + outputs].T)]
+
+
+def _is_close(tensor: Any, value: np.ndarray, weight: np.ndarray) -> bool:
+    """Whether a constant is a float32 matrix, but for its quantization."""
+    relative, absolute = 0.0, 1e-7
+    if value.dtype == np.int8:
+        scale = np.float32(tensor.quantization.scale[0])
+        value, absolute = value * scale, 0.51 * float(scale)
+    elif value.dtype == np.float16:
+        value, relative = value.astype(np.float32), 1e-3
+    return bool(np.allclose(value, weight, rtol=relative, atol=absolute))
 
 
 def fill_zeros(file: Flatbuffer) -> None:
@@ -277,42 +305,22 @@ def fill_zeros(file: Flatbuffer) -> None:
 
     The output sequence of a recurrent layer is such a constant: timesteps x units floats that say nothing.
     """
-    schema = file.schema
     for graph, loop in list(file.operators("WHILE")):
         for index in sorted({int(i) for i in loop.inputs}):
-            tensor = graph.tensors[index]
+            unpack = unpacking(file, graph, index)
+            tensor = graph.tensors[unpack.inputs[0] if unpack else index]
             value = file.constant(tensor)
-            if value is None or value.dtype != np.float32 or value.nbytes < _MIN_BYTES or value.any():
+            if value is None or value.dtype == np.int8 or value.nbytes < _MIN_BYTES or value.any():
                 continue
-            dims = _constant(
-                file, graph, tensor.name + b"/dims", np.array(value.shape, np.int32), schema.TensorType.INT32
-            )
-            zero = _constant(file, graph, tensor.name + b"/zero", np.array(0, np.float32), schema.TensorType.FLOAT32)
-            op = _operator(file, "FILL", [dims, zero], [index])
+            dims = file.add_constant(graph, tensor.name + b"/dims", np.array(value.shape, np.int32))
+            zero = file.add_constant(graph, tensor.name + b"/zero", np.array(0, np.float32))
+            op = file.operator("FILL", [dims, zero], [index])
             tensor.buffer = 0
+            if unpack:
+                graph.operators.remove(unpack)
             graph.operators.insert(0, op)
 
 
-def _constant(file: Flatbuffer, graph: Any, name: bytes, value: np.ndarray, kind: int) -> int:
-    tensor = file.schema.TensorT()
-    tensor.name, tensor.type, tensor.hasRank = name, kind, True
-    tensor.shape = np.array(value.shape, np.int32)
-    tensor.buffer = file.add_buffer(value)
-    return _append(graph, tensor)
-
-
-def _append(graph: Any, tensor: Any) -> int:
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
-
-
-def _operator(file: Flatbuffer, name: str, inputs: list[int], outputs: list[int]) -> Any:
-    """An operator of version 1 with its default options; `name` as the schema writes it."""
-    schema = file.schema
-    op = schema.OperatorT()
-    op.opcodeIndex = file.opcode(getattr(schema.BuiltinOperator, name), 1)
-    options = name.capitalize() + "Options"
-    op.builtinOptionsType = getattr(schema.BuiltinOptions, options)
-    op.builtinOptions = getattr(schema, options + "T")()
-    op.inputs, op.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
-    return op
+def unpacking(file: Flatbuffer, graph: Any, index: int) -> Any | None:
+    """The DEQUANTIZE that gives a tensor, or None."""
+    return next((op for op in graph.operators if index in list(op.outputs) and file.op_name(op) == "DEQUANTIZE"), None)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keras_blocksparse.lite.convert import Traced, call_model, layers_of, plain_inference
+from keras_blocksparse.lite.delegate import delegate_path
 from keras_blocksparse.lite.errors import ExportError
 
 # Runtime -> (module to look for, what to install).
@@ -33,9 +34,9 @@ _SECONDS = 1.5
 TOLERANCE_FLOAT32 = 2e-5
 # Quantized: against the dense file of the same quantization, whose error is that of the number format alone.
 TWIN_FACTOR = 2.0
-TWIN_FLOOR = {"int8": 0.02, "float16": 2e-3}
+TWIN_FLOOR = {"int8": 0.02, "float16": 2e-3, "bfloat16": 0.015}
 # And against Keras: beyond this share of the largest output the model does not survive its quantization.
-TOLERANCE_QUANTIZED = {"int8": 0.25, "float16": 0.05}
+TOLERANCE_QUANTIZED = {"int8": 0.25, "float16": 0.05, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ class RunResult:
     latency_ms: dict[str, float]
 
 
-def installed_runtimes(wanted: list[str] | None) -> list[str]:
+def installed_runtimes(wanted: list[str] | None, composites: bool = False) -> list[str]:
     """Names of the runtimes to run on.
 
     Args:
         wanted: names from `RUNTIMES`; None means all that are installed.
+        composites: leave out those that cannot load a file with composites.
 
     Raises:
         ValueError: an unknown name, or none.
@@ -181,6 +183,7 @@ def _mask_some(model: Any, value: np.ndarray) -> None:
 def run(
     runtime: str,
     files: dict[str, Path],
+    delegated: list[str],
     cases: Cases,
     carry: dict[str, str],
     *,
@@ -194,6 +197,7 @@ def run(
     Args:
         runtime: a name from `RUNTIMES`.
         files: name to path of each file.
+        delegated: names of the files that run with our delegate.
         cases: what to feed.
         carry: outgoing to incoming state, by name.
         checked: names of the files whose outputs are wanted.
@@ -207,6 +211,8 @@ def run(
     job = {
         "runtime": runtime,
         "files": {k: str(v) for k, v in files.items()},
+        "delegate": str(delegate_path()) if delegated else None,
+        "delegated": delegated,
         "carry": carry,
         "cases": cases.steps,
         "checked": checked,
@@ -245,16 +251,23 @@ def _failure(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def check(
-    runtime: str, result: RunResult, cases: Cases, quantize: str | None, tolerance: float | None, streaming: bool
+    runtime: str,
+    name: str,
+    result: RunResult,
+    cases: Cases,
+    quantize: str | None,
+    tolerance: float | None,
+    streaming: bool,
 ) -> tuple[float, float]:
     """Compares the outputs of one runtime with Keras' own.
 
     Args:
         runtime: its name, for the message.
-        result: outputs of the file `"export"` and, if quantized, of `"dense"` (float32) and `"twin"` (dense, same
+        name: of the file to check.
+        result: outputs of that file and, if quantized, of `"dense"` (float32) and `"twin"` (dense, same
             quantization).
         cases: with the expected outputs.
-        quantize: None, `"int8"` or `"float16"`.
+        quantize: None, `"int8"`, `"float16"` or `"bfloat16"`.
         tolerance: largest absolute error allowed, instead of the rule below.
         streaming: for the message: says what else may be the cause.
 
@@ -272,7 +285,7 @@ def check(
     # so modest.
     scale = max(1.0, peak) if quantize is None else max(1e-3, peak)
     for key, want in cases.expected.items():
-        got = result.outputs.get(f"export/{key}")
+        got = result.outputs.get(f"{name}/{key}")
         if got is None or got.shape != want.shape:
             shape = None if got is None else got.shape
             raise ExportError(f"{runtime} gives output {key!r} of shape {shape}, the Keras model {want.shape}.")

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Sanitized builds of libkbs, and tests/native/check.cc on each instruction set that this machine runs. Without Python:
-# TensorFlow does not survive the address sanitizer. From the root of the repository:
+# Sanitized builds of libkbs, and tests/native/check.cc on each instruction set that this machine runs; the same for the
+# TensorFlow ops and the TFLite delegate. Without Python: TensorFlow does not survive the address sanitizer. From the root
+# of the repository:
 #   keras_blocksparse/native/sanitize.sh [build folder]
 set -eu
 folder=${1:-/tmp/kbs-sanitize}
@@ -21,6 +22,12 @@ build_ops() {  # the same, for the TensorFlow ops
     $compiler $options -DKBS_MAIN tests/native/check_ops.cc -o "$folder/$1/check_ops" "$fake" "-Wl,-rpath,$folder/$1"
 }
 
+build_delegate() {  # the same, for the TFLite delegate: its sources, so that their allocations can be made to fail
+    $compiler -std=c++17 -g -O1 -pthread "-fsanitize=$2" -fno-sanitize-recover=all -Ikeras_blocksparse/native/include \
+        -Ikeras_blocksparse/native/tflite tests/native/check_delegate.cc keras_blocksparse/native/tflite/*.cc \
+        -Wl,--wrap=malloc -o "$folder/$1/check_delegate" -L"$folder/$1" -lkbs "-Wl,-rpath,$folder/$1"
+}
+
 build address address,undefined
 for isa in $("$folder/address/check" isas); do
     echo "address, undefined behaviour: $isa"
@@ -31,6 +38,12 @@ build_ops address address,undefined
 echo "address, undefined behaviour: TensorFlow ops"
 "$folder/address/check_ops" "$folder/address/libkbs_tf.so"
 
+build_delegate address address,undefined
+echo "address, undefined behaviour: TFLite delegate"
+for what in results hostile memory threads; do "$folder/address/check_delegate" $what; done
+
 build thread thread
+build_delegate thread thread
 echo "threads:"
 "$folder/thread/check" threads
+"$folder/thread/check_delegate" threads

@@ -8,11 +8,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int8, c_int32, c_int64, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"linear": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "hard_sigmoid": 4, "clipped_relu": 5}
@@ -40,6 +40,21 @@ class Info(ctypes.Structure):
         ("bytes", c_int64),
         ("values_offset", c_int64),
         ("values_bytes", c_int64),
+    ]
+
+
+class Columns(ctypes.Structure):
+    """`kbs_columns`."""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("gates", c_int64),
+        ("starts", POINTER(c_int64)),
+        ("row", POINTER(c_int32)),
+        ("values", FloatPointer),
+        ("quantized", POINTER(c_int8)),
+        ("scales", FloatPointer),
     ]
 
 
@@ -107,6 +122,7 @@ _SIGNATURES: Signatures = {
     "kbs_available_isas": (c_char_p, []),
     "kbs_set_num_threads": (c_int32, [c_int32]),
     "kbs_get_num_threads": (c_int32, []),
+    "kbs_limit_threads": (c_int32, [c_int32]),
     "kbs_packed_bytes": (
         c_int32,
         [FloatPointer, c_int64, c_int64, c_int64, c_int64, c_int64, c_int32, BytePointer, POINTER(c_int64)],
@@ -121,6 +137,8 @@ _SIGNATURES: Signatures = {
     "kbs_kept_blocks": (c_int32, [c_void_p, c_int64, BytePointer]),
     "kbs_positions": (c_int32, [c_void_p, c_int64, POINTER(c_int64)]),
     "kbs_matrix_create": (c_int32, [c_void_p, c_int64, c_int32, POINTER(c_void_p)]),
+    "kbs_matrix_from_columns": (c_int32, [POINTER(Columns), c_int64, c_int64, c_int32, POINTER(c_void_p)]),
+    "kbs_matrix_info": (c_int32, [c_void_p, POINTER(Info)]),
     "kbs_matrix_destroy": (None, [c_void_p]),
     "kbs_matmul": (
         c_int32,

@@ -68,13 +68,15 @@ def test_densify_of_tflite_reads_it(case):
 
 def densify_file(csr: BlockCSR, shape) -> bytes:
     """A model of one operator: DENSIFY of a constant."""
+    import flatbuffers
     from tensorflow.lite.python import schema_py_generated as schema
 
     from keras_blocksparse.lite.flatbuffer import Flatbuffer
 
-    file = Flatbuffer.__new__(Flatbuffer)
-    file.schema, file.tree = schema, schema.ModelT()
-    file.tree.version, file.tree.operatorCodes, file.tree.buffers = 3, [], [schema.BufferT()]
+    empty, builder = schema.ModelT(), flatbuffers.Builder()
+    empty.version, empty.operatorCodes, empty.buffers = 3, [], [schema.BufferT()]
+    builder.Finish(empty.Pack(builder), file_identifier=b"TFL3")
+    file = Flatbuffer(bytes(builder.Output()))
     graph, op = schema.SubGraphT(), schema.OperatorT()
     graph.tensors = [schema.TensorT(), schema.TensorT()]
     kind = {"float32": 0, "float16": 1, "int8": 9}[csr.values.dtype.name]

@@ -23,7 +23,7 @@ extern "C" {
 #define KBS_API __attribute__((visibility("default")))
 
 /* Raised when a signature or a struct below changes in a way that old callers would not survive. */
-#define KBS_ABI_VERSION 2
+#define KBS_ABI_VERSION 3
 
 typedef enum {
   KBS_OK = 0,
@@ -63,6 +63,8 @@ KBS_API const char* kbs_available_isas(void);
  * environment variable KBS_NUM_THREADS sets the start value. */
 KBS_API kbs_status kbs_set_num_threads(int32_t threads);
 KBS_API int32_t kbs_get_num_threads(void);
+/* Calls that the calling thread makes use no more threads than this; 0: no limit of their own. Returns the limit before. */
+KBS_API int32_t kbs_limit_threads(int32_t threads);
 
 /* ---- packed buffers ------------------------------------------------------------------------------------------- */
 
@@ -108,6 +110,21 @@ enum {
 
 /* Validates. `flags` is a sum of the above. */
 KBS_API kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, kbs_matrix** out);
+
+/* A matrix given by the elements of its columns that are not zero. */
+typedef struct {
+  int64_t rows, cols, gates;
+  const int64_t* starts;   /* cols + 1: where each column's elements begin */
+  const int32_t* row;      /* of each element; increasing within a column */
+  const float* values;     /* one of these two; the other is NULL */
+  const int8_t* quantized; /* with `scales`: packed as they are, not rounded again */
+  const float* scales;     /* cols */
+} kbs_columns;
+
+/* Packs and prepares; the handle owns all its memory. Time and memory go with the elements, not with rows times columns.
+ * A block of 0 x 0 lets the library choose the one that makes products quickest. Quantized values need KBS_INT8. */
+KBS_API kbs_status kbs_matrix_from_columns(const kbs_columns* columns, int64_t block_rows, int64_t block_cols,
+                                           int32_t dtype, kbs_matrix** out);
 KBS_API void kbs_matrix_destroy(kbs_matrix* matrix);
 KBS_API kbs_status kbs_matrix_info(const kbs_matrix* matrix, kbs_info* info);
 

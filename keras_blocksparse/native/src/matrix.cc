@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "threads.h"
@@ -207,20 +208,34 @@ kbs_status kbs_matrix_create(const void* packed, int64_t bytes, int32_t flags, k
     if (!out) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     *out = nullptr;
     if (!packed || bytes < 1) return fail(KBS_INVALID_ARGUMENT, "no packed buffer was given");
-    struct Owner {  // until the handle is the caller's
-      kbs_matrix* matrix = new kbs_matrix;
-      ~Owner() { delete matrix; }
-    } owner;
+    std::unique_ptr<kbs_matrix> matrix(new kbs_matrix);
     if (flags & KBS_COPY) {
       const size_t rounded = ((size_t)bytes + 63) / 64 * 64;
-      owner.matrix->owned = (char*)std::aligned_alloc(64, rounded);
-      if (!owner.matrix->owned) return fail(KBS_OUT_OF_MEMORY, "no memory for a matrix of %lld bytes", (long long)bytes);
-      std::memcpy(owner.matrix->owned, packed, (size_t)bytes);
-      packed = owner.matrix->owned;
+      matrix->owned = (char*)std::aligned_alloc(64, rounded);
+      if (!matrix->owned) return fail(KBS_OUT_OF_MEMORY, "no memory for a matrix of %lld bytes", (long long)bytes);
+      std::memcpy(matrix->owned, packed, (size_t)bytes);
+      packed = matrix->owned;
     }
-    if (kbs_status status = kbs::open_packed(packed, bytes, flags & KBS_STRUCTURE, &owner.matrix->view)) return status;
-    *out = owner.matrix;
-    owner.matrix = nullptr;
+    if (kbs_status status = kbs::open_packed(packed, bytes, flags & KBS_STRUCTURE, &matrix->view)) return status;
+    *out = matrix.release();
+    return KBS_OK;
+  });
+}
+
+kbs_status kbs_matrix_from_columns(const kbs_columns* columns, int64_t block_rows, int64_t block_cols, int32_t dtype,
+                                   kbs_matrix** out) {
+  return guarded([&]() -> kbs_status {
+    if (!columns || !out) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
+    *out = nullptr;
+    std::unique_ptr<kbs_matrix> matrix(new kbs_matrix);
+    const auto allocate = [](size_t bytes, void* owner) {
+      return ((kbs_matrix*)owner)->owned = (char*)std::aligned_alloc(64, kbs::round_up(bytes, 64));
+    };
+    size_t bytes = 0;
+    if (kbs_status status = kbs::pack_columns(*columns, block_rows, block_cols, dtype, allocate, matrix.get(), &bytes))
+      return status;
+    if (kbs_status status = kbs::open_packed(matrix->owned, (int64_t)bytes, false, &matrix->view)) return status;
+    *out = matrix.release();
     return KBS_OK;
   });
 }

@@ -59,6 +59,7 @@ int cores() {
 }
 
 std::atomic<int> wanted_threads{-1};  // -1: not asked yet, 0: all cores
+thread_local int thread_limit = 0;    // of the calling thread's calls; 0: none
 
 }  // namespace
 
@@ -99,7 +100,8 @@ int num_threads() {
   }
   static const int available = cores();
   const int most = available < kMaxThreads ? available : kMaxThreads;
-  return wanted == 0 || wanted > most ? most : wanted;
+  const int threads = wanted == 0 || wanted > most ? most : wanted;
+  return thread_limit > 0 && thread_limit < threads ? thread_limit : threads;
 }
 
 namespace {
@@ -250,6 +252,12 @@ kbs_status kbs_set_num_threads(int32_t threads) {
   if (threads < 0) return kbs::fail(KBS_INVALID_ARGUMENT, "the number of threads must not be negative; received %d", threads);
   kbs::wanted_threads.store(threads, std::memory_order_relaxed);
   return KBS_OK;
+}
+
+int32_t kbs_limit_threads(int32_t threads) {
+  const int32_t before = kbs::thread_limit;
+  kbs::thread_limit = threads > 0 ? threads : 0;
+  return before;
 }
 
 int32_t kbs_get_num_threads(void) { return kbs::num_threads(); }
