@@ -176,8 +176,8 @@ def _describe(
     return FusedCall(
         layer=layer.path,
         attributes=attributes,
-        inputs=1 + attributes["mask"] + attributes["states_in"],
-        outputs=1 + attributes["states_out"],
+        inputs=1 + int(flags["mask"]) + int(flags["states_in"]),
+        outputs=1 + int(flags["states_out"]),
         matrices=matrices,
         bias=bias,
     )
@@ -264,13 +264,16 @@ def _outline(file: Flatbuffer, graph: Any, call: FusedCall, begins: list[Any], e
 
 
 def _remove_unread(graph: Any) -> None:
-    """Removes operators whose results nobody reads."""
+    """Removes operators whose results nobody reads, and the values of constants that nobody reads."""
     while True:
         read = {int(t) for op in graph.operators for t in op.inputs} | {int(t) for t in graph.outputs}
         kept = [op for op in graph.operators if any(int(t) in read for t in op.outputs)]
         if len(kept) == len(graph.operators):
-            return
+            break
         graph.operators = kept
+    for index, tensor in enumerate(graph.tensors):
+        if index not in read:
+            tensor.buffer = 0
 
 
 def _pass_on_outputs(file: Flatbuffer, graph: Any, fused: Any) -> None:

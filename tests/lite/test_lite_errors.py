@@ -41,7 +41,10 @@ def no_conversion(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "fast"}, r"\['stock'\].*target='fast'"),
+        ({"target": "quick"}, r"\['stock', 'fast'\].*target='quick'"),
+        ({"compat": "custom"}, r"for target='fast'. Received: target='stock'"),
+        ({"quantize": "bfloat16"}, r"for target='fast'. Received: target='stock'"),
+        ({"target": "fast", "compat": "flex"}, r"\[None, 'custom'\].*compat='flex'"),
         ({"target": None}, "target=None"),
         ({"quantize": "int4"}, "quantize='int4'"),
         ({"quantize": 8}, "quantize=8"),

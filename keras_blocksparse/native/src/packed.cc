@@ -381,7 +381,7 @@ void choose_block(const kbs_columns& c, int32_t dtype, int64_t* block_rows, int6
         cost += (double)blocks * (costs.element[__builtin_ctz(strip)] * elements + costs.index * indices);
       }
       // The larger block if it costs no more: fewer indices.
-      if (best < 0 || cost <= best) best = cost, *block_rows = height, *block_cols = width;
+      if (best < 0 || cost <= best) best = cost, *block_rows = height, *block_cols = std::min(width, gate_cols);
     }
     if (width == 16 || width >= gate_cols) return;
     const int64_t next = (count + 1) / 2;

@@ -172,10 +172,11 @@ std::string read_scales(const TfLiteTensor& tensor, Constant* out) {
       if (affine->zero_point->data[i] != 0) return "its zero point is not 0";
     for (int i = 0; i < n; i++)
       if (!is_scale(affine->scale->data[i])) return "its scale is no positive number";
-    out->scales = affine->scale;
+    out->scales.assign(affine->scale->data, affine->scale->data + n);
   } else {
-    out->scale = tensor.params.scale;
-    if (!is_scale(out->scale) || out->scale == 0) return "it is int8 and has no scale";
+    const float scale = tensor.params.scale;
+    if (!is_scale(scale) || scale == 0) return "it is int8 and has no scale";
+    out->scales.assign(1, scale);
     if (tensor.params.zero_point != 0) return "its zero point is not 0";
   }
   // Our kernels rely on symmetric values, as TFLite's own do; its converter writes nothing else.

@@ -12,16 +12,16 @@ namespace kbs {
 namespace tflite {
 
 // A constant of (outputs, inputs), dense or sparse, that was checked. What it points to lives as long as the interpreter.
+// Scales are copied, for they do not: XNNPACK gives dense weights others.
 struct Constant {
   TfLiteType type = 0;
   int64_t outputs = 0, inputs = 0;
   const void* data = nullptr;
   int64_t stored = 0;                      // elements in `data`
   const TfLiteSparsity* sparsity = nullptr;
-  const TfLiteFloatArray* scales = nullptr;  // int8: one, or one for each output; null: `scale`
-  float scale = 0;
+  std::vector<float> scales;               // int8: one, or one for each output
 
-  float scale_of(int64_t output) const { return !scales ? scale : scales->data[scales->size == 1 ? 0 : output]; }
+  float scale_of(int64_t output) const { return scales[scales.size() == 1 ? 0 : (size_t)output]; }
 };
 
 // Checks a tensor and all that it points to. Returns why it cannot be used, "" if it can.
