@@ -334,7 +334,8 @@ kbs_status check_columns(const kbs_columns& c, int32_t dtype) {
   for (int64_t col = 0; col < c.cols; col++) {
     const int64_t begin = c.starts[col], end = c.starts[col + 1];
     if (end < begin || end - begin > c.rows)
-      return fail(KBS_INVALID_ARGUMENT, "column %lld has elements %lld to %lld", (long long)col, (long long)begin, (long long)end);
+      return fail(KBS_INVALID_ARGUMENT, "column %lld has elements %lld to %lld, of %lld rows", (long long)col,
+                  (long long)begin, (long long)end, (long long)c.rows);
     if (end > begin && !c.row) return fail(KBS_INVALID_ARGUMENT, "a null pointer was given");
     int64_t last = -1;
     for (int64_t i = begin; i < end; i++) {
