@@ -25,7 +25,7 @@ demo test test-oldest bench docs: export CUDA_VISIBLE_DEVICES := -1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs test-native test-oldest bench-venv bench clean
+.PHONY: help venv demo test lint docs test-native test-oldest bench-venv bench lite-matrix clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -78,6 +78,9 @@ bench: $(VENV_BENCH)/.stamp-bench  ## against other libraries, into docs/benchma
 	$(VENV_BENCH)/bin/python -m benchmarks.layers $(BENCH_ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.export_size_latency $(BENCH_ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.training_cost $(BENCH_ARGS)
+
+lite-matrix: $(VENV)/.stamp-examples  ## exported files and the delegate on many runtimes, into docs/runtimes.md
+	$(BIN)/python -m benchmarks.lite_matrix $(BENCH_ARGS)
 
 clean:  ## remove what commands wrote, but the environments
 	rm -rf build dist site demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
