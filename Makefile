@@ -25,10 +25,10 @@ demo test test-oldest bench docs: export CUDA_VISIBLE_DEVICES := -1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs test-native test-oldest bench-venv bench lite-matrix clean
+.PHONY: help venv demo test lint docs test-native test-oldest bench-venv bench lite-matrix aarch64 clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 # An environment is installed once for each set of extras, and again only when the project's own metadata changed.
 $(BIN)/python:
@@ -78,6 +78,10 @@ bench: $(VENV_BENCH)/.stamp-bench  ## against other libraries, into docs/benchma
 	$(VENV_BENCH)/bin/python -m benchmarks.layers $(BENCH_ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.export_size_latency $(BENCH_ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.training_cost $(BENCH_ARGS)
+
+aarch64: $(VENV)/.stamp-test  ## cross-build the delegate for ARM boards; kernels and C++ example in an emulator
+	$(BIN)/python -m examples.cpp.check --aarch64
+	$(BIN)/python -m pytest tests/native/test_emulated.py
 
 lite-matrix: $(VENV)/.stamp-examples  ## exported files and the delegate on many runtimes, into docs/runtimes.md
 	$(BIN)/python -m benchmarks.lite_matrix $(BENCH_ARGS)

@@ -64,7 +64,8 @@ def _litert(version: str, *more: str, composites: bool = True) -> Environment:
 ENVIRONMENTS = (
     Environment("tflite-runtime-2.14", "tflite_runtime", ("tflite-runtime==2.14.0", "numpy<2"), composites=False),
     _tf("2.16", composites=False),
-    _tf("2.17"),
+    _tf("2.17", composites=False),
+    _tf("2.18"),
     _tf("2.19"),
     _tf("2.21"),
     _litert("1.0.1", "numpy<2"),

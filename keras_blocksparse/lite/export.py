@@ -95,7 +95,7 @@ def export_tflite(
             call, 1 by default.
         streaming: make the states of the recurrent layers inputs and outputs. Not for Bidirectional or `go_backwards`
             layers.
-        compat: None, or `"custom"` for runtimes that do not know STABLEHLO_COMPOSITE (TensorFlow before 2.17,
+        compat: None, or `"custom"` for runtimes that do not know STABLEHLO_COMPOSITE (TensorFlow before 2.18,
             tflite-runtime): recurrent layers become custom operators, which only the delegate runs. For
             `target="fast"`.
         validate: run the file and compare it before it is moved to `path`. Leave it on: wrong files can be silent, or

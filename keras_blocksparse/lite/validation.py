@@ -73,7 +73,7 @@ def installed_runtimes(wanted: list[str] | None, composites: bool = False) -> li
 
     Raises:
         ValueError: an unknown name, or none.
-        ImportError: one that is not installed, or none is; says what to install.
+        ImportError: one that is not installed, or none is, or none of them knows composites; says what to install.
     """
     if wanted is not None and (not isinstance(wanted, (list, tuple)) or not wanted or not set(wanted) <= set(RUNTIMES)):
         raise ValueError(f"runtimes must be None or a list of {sorted(RUNTIMES)}. Received: runtimes={wanted!r}")
@@ -84,11 +84,34 @@ def installed_runtimes(wanted: list[str] | None, composites: bool = False) -> li
                 f"Runtime {name!r} is not installed: {RUNTIMES[name][1]}. "
                 "Or pass validate=False, measure_latency=False."
             )
+    if composites:
+        found = [name for name in found if _knows_composites(name)]
+        if not found or not set(wanted or ()) <= set(found):
+            raise ImportError(
+                "target='fast' writes a STABLEHLO_COMPOSITE operator, which runtimes know from TensorFlow 2.18 and "
+                "LiteRT 1.0 on: pip install ai-edge-litert. Or pass compat='custom', which older runtimes run with our delegate, "
+                f"or validate=False, measure_latency=False. Received: runtimes={wanted!r}"
+            )
     if not found:
         raise ImportError(
             "No TFLite runtime is installed: pip install ai-edge-litert. Or pass validate=False, measure_latency=False."
         )
     return [name for name in found if wanted is None or name in wanted]
+
+
+def _knows_composites(runtime: str) -> bool:
+    """Whether a runtime that is installed can load a file with STABLEHLO_COMPOSITE: see docs/runtimes.md."""
+    if runtime != "tf.lite":
+        return runtime == "ai_edge_litert"
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("tensorflow", "tensorflow-cpu", "tensorflow-intel"):
+        try:
+            major, minor = version(name).split(".")[:2]
+        except PackageNotFoundError:
+            continue
+        return (int(major), int(minor)) >= (2, 18)
+    return True  # a build of somebody's own: loading the file will tell
 
 
 # ---- inputs and what Keras makes of them

@@ -37,7 +37,9 @@ Kernels with_int8(Kernels kernels, const Int8Kernels& int8) {
 constexpr int kMost = 4;
 int candidates(Candidate (&out)[kMost]) {
   int n = 0;
+#if !defined(KBS_NO_BASELINE)
   out[n++] = {&kBaseline, true};
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
