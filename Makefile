@@ -9,6 +9,7 @@ OLDEST := 'tensorflow==2.16.*' 'keras==3.8.*'
 # One process a core is quickest: TensorFlow's import dominates short files, and its threads share the cores anyway.
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+SECONDS ?= 60
 BENCH_ARGS ?=
 # A checkout of the Opus codec's sources, whose block-sparse products then take part.
 OPUS ?=
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # What an installation is made from; a change of the native core installs again, which compiles what changed.
 PROJECT_FILES := pyproject.toml setup.py keras_blocksparse/native/CMakeLists.txt \
-	$(wildcard keras_blocksparse/native/src/* keras_blocksparse/native/include/*)
+	$(wildcard $(addprefix keras_blocksparse/native/,src/* include/* tf/* tflite/*))
 
 # TensorFlow's start-up lines are not ours to show, and tests must be the same on a machine with a GPU.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -25,7 +26,7 @@ demo test test-oldest bench docs: export CUDA_VISIBLE_DEVICES := -1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs test-native test-oldest bench-venv bench lite-matrix aarch64 clean
+.PHONY: help venv demo test lint docs test-native test-oldest bench-venv bench lite-matrix aarch64 fuzz clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -67,6 +68,9 @@ docs: $(VENV)/.stamp-dev  ## build docs/ into site/; warnings are errors
 
 test-native:  ## the native core under address, undefined-behaviour and thread sanitizers
 	sh keras_blocksparse/native/sanitize.sh build/sanitize
+
+fuzz:  ## hostile files against the delegate and the loader, SECONDS each (60); needs clang
+	sh keras_blocksparse/native/fuzz.sh $(SECONDS) build/fuzz
 
 test-oldest: $(VENV_OLDEST)/.stamp-test  ## the suite on the oldest TensorFlow and Keras supported
 	$(VENV_OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -1,8 +1,8 @@
 """Builds the C++ example, runs exported files with it and compares the outputs with Keras.
 
-`python -m examples.cpp.check` does so here. With `--aarch64` (`make aarch64`) everything is cross-compiled with Debian's
-g++-aarch64-linux-gnu, the delegate as one self-contained library, and run under qemu-user against the LiteRT library of
-the aarch64 wheel. It proves function; times under an emulator mean nothing.
+`python -m examples.cpp.check` does so here. With `--aarch64` (`make aarch64`) everything is cross-compiled by Debian's
+g++-aarch64-linux-gnu, the delegate as one self-contained library, and run under qemu-user against the LiteRT library
+of the aarch64 wheel. It proves function; times under an emulator mean nothing.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def installed_runtimes(wanted: list[str] | None, composites: bool = False) -> li
         if not found or not set(wanted or ()) <= set(found):
             raise ImportError(
                 "target='fast' writes a STABLEHLO_COMPOSITE operator, which runtimes know from TensorFlow 2.18 and "
-                "LiteRT 1.0 on: pip install ai-edge-litert. Or pass compat='custom', which older runtimes run with our delegate, "
-                f"or validate=False, measure_latency=False. Received: runtimes={wanted!r}"
+                "LiteRT 1.0 on: pip install ai-edge-litert. Or pass compat='custom', which older runtimes run with our "
+                f"delegate, or validate=False, measure_latency=False. Received: runtimes={wanted!r}"
             )
     if not found:
         raise ImportError(

@@ -82,8 +82,8 @@ struct Any {
       case KBS_TANH: return one - y * y;
       case KBS_SIGMOID: return y * (one - y);
       case KBS_RELU: return y > 0.f ? one : V{};
-      case KBS_CLIPPED_RELU: return (y > 0.f) & (y < f.limit) ? one : V{};
-      case KBS_HARD_SIGMOID: return (y > 0.f) & (y < 1.f) ? broadcast(1.f / 6.f) : V{};
+      case KBS_CLIPPED_RELU: return ((y > 0.f) & (y < f.limit)) ? one : V{};
+      case KBS_HARD_SIGMOID: return ((y > 0.f) & (y < 1.f)) ? broadcast(1.f / 6.f) : V{};
       default: return one;
     }
   }
