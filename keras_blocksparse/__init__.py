@@ -6,6 +6,7 @@ from keras_blocksparse.blocks import BlockGrid
 from keras_blocksparse.callbacks import PruningSummaries, UpdatePruningStep
 from keras_blocksparse.constraints import BlockPruning
 from keras_blocksparse.distributions import ERK, Distribution, Global, Uniform
+from keras_blocksparse.inspection import FileReport, StoredWeight, tflite_report
 from keras_blocksparse.lite import ExportError, ExportReport, export_tflite
 from keras_blocksparse.plots import plot_masks
 from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, register_prunable
@@ -47,6 +48,7 @@ __all__ = [
     "Distribution",
     "ExportError",
     "ExportReport",
+    "FileReport",
     "Global",
     "GroupLassoRegularizer",
     "PolynomialDecay",
@@ -56,6 +58,7 @@ __all__ = [
     "PruningSchedule",
     "PruningSummaries",
     "SparsityReport",
+    "StoredWeight",
     "ThresholdRamp",
     "Uniform",
     "UpdatePruningStep",
@@ -71,6 +74,7 @@ __all__ = [
     "sparsity",
     "sparsity_report",
     "strip_pruning",
+    "tflite_report",
     "to_block_sparse",
     "to_dense",
 ]

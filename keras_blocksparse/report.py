@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_blocksparse._text import by, percent, text_table
 from keras_blocksparse.blocks import BlockGrid, BlockSize, check_block_size, infer_block_size
 from keras_blocksparse.constraints import pruning_of
 from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, find_prunable_layers, refuse_block_sparse
@@ -194,20 +195,15 @@ class SparsityReport:
             ImportError: matplotlib is not installed.
         """
         with writing(path) as temporary:
-            from keras_blocksparse.plots import to_png_uri
-
-            pictures = (
-                f'<img alt="Blocks of {html.escape(weight.path)}" src="{to_png_uri(weight)}">'
-                for weight in self.weights
-                if weight.grid
+            page = report_page(
+                "Sparsity report", self._table_html(), [weight for weight in self.weights if weight.grid]
             )
-            page = _PAGE.format(style=_STYLE, table=self._table_html(), pictures="\n".join(pictures))
             if temporary is not None:
                 temporary.write_text(page, encoding="utf-8")
         return page
 
     def _repr_html_(self) -> str:
-        return f"<style>{_STYLE}</style>{self._table_html()}"
+        return f"<style>{REPORT_STYLE}</style>{self._table_html()}"
 
     def __str__(self) -> str:
         text = text_table([_HEADINGS] + [cells for _, cells in self._lines()], _LEFT)
@@ -224,7 +220,7 @@ class SparsityReport:
                 yield from (("gate", ("", *_cells(row))) for row in weight.rows)
         for name, total in (("pruned weights", self.pruned), ("whole model", self.model)):
             kept = _fraction(total.kept_parameters, total.parameters)
-            yield "total", (name, "", "", "", _percent(total.sparsity), "", kept, "", "")
+            yield "total", (name, "", "", "", percent(total.sparsity), "", kept, "", "")
 
     def _table_html(self) -> str:
         def line(kind: str, cells: tuple[str, ...], tag: str) -> str:
@@ -364,6 +360,18 @@ def writing(path: Any) -> Iterator[Path | None]:
             os.unlink(name)
 
 
+def report_page(title: str, table: str, weights: Sequence[WeightSparsity]) -> str:
+    """A self-contained page: a table in HTML, and a picture of each weight in blocks.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from keras_blocksparse.plots import to_png_uri
+
+    pictures = (f'<img alt="Blocks of {html.escape(w.path)}" src="{to_png_uri(w)}">' for w in weights)
+    return _PAGE.format(title=html.escape(title), style=REPORT_STYLE, table=table, pictures="\n".join(pictures))
+
+
 def _count_parameters(model: Any) -> int:
     tops = model if isinstance(model, (list, tuple)) else [model]
     weights = {id(w): w for top in tops for w in getattr(getattr(top, "layer", top), "weights", [])}
@@ -376,23 +384,12 @@ _HEADINGS = (
 _LEFT = 2  # columns of words; the rest are numbers and stand to the right
 
 
-def text_table(lines: Sequence[tuple[str, ...]], left: int) -> list[str]:
-    """Rows of cells as lines of text, a rule under the first; columns from `left` on are numbers."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    text.insert(1, "-" * max(map(len, text)))
-    return [line.rstrip() for line in text]
-
-
 def _cells(row: SparsityRow) -> tuple[str, ...]:
     return (
         row.gate,
-        _by(row.shape),
-        _by(row.block_size) if row.block_size else "-",
-        _percent(row.sparsity),
+        by(row.shape),
+        by(row.block_size) if row.block_size else "-",
+        percent(row.sparsity),
         _fraction(row.kept_blocks, row.blocks),
         _fraction(row.kept_parameters, row.parameters),
         "-" if row.dead_inputs is None else f"{row.dead_inputs:,}",
@@ -400,19 +397,11 @@ def _cells(row: SparsityRow) -> tuple[str, ...]:
     )
 
 
-def _by(sides: tuple[int, ...]) -> str:
-    return "x".join(map(str, sides))
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
 def _fraction(part: int | None, whole: int | None) -> str:
     return "-" if part is None or whole is None else f"{part:,} / {whole:,}"
 
 
-_STYLE = """
+REPORT_STYLE = """
 .kbs { font: 14px/1.45 system-ui, sans-serif; }
 .kbs table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .kbs th, .kbs td { padding: 3px 12px; text-align: right; white-space: nowrap; border: 0; }
@@ -428,7 +417,7 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<title>Sparsity report</title>
+<title>{title}</title>
 <style>
 html {{ background: #fff; color: #1a1a1a; }}
 body {{ max-width: 1240px; margin: 2em auto; padding: 0 1em; }}
@@ -438,7 +427,7 @@ img {{ display: block; max-width: 100%; margin: 2.5em 0; }}
 {style}</style>
 </head>
 <body>
-<h1>Sparsity report</h1>
+<h1>{title}</h1>
 <div class="scroll">{table}</div>
 {pictures}
 </body>

@@ -5,12 +5,14 @@ one runtime it was asked for, and nothing of this package. job.npz holds
 
     job                      JSON: runtime, files (name -> path), delegate (path of our delegate, or null), delegated
                              (names of the files that run with it), cases (number of calls of each), carry (output name
-                             -> input name), checked and timed (names of files), repeats, seconds
+                             -> input name), checked and timed (names of files), threads, repeats, seconds
     case{c}/step{s}/{name}   inputs of call s of case c; names in `carry` come from the call before
 
 and out.npz gets
 
-    result                           JSON: version, latency_ms (file -> list)
+    result                           JSON: version, times_ms (file -> list), and most memory that this process ever had,
+                                     before the files were loaded and at the end: idle_bytes, peak_bytes (null where
+                                     there is no /proc)
     {file}/case{c}/step{s}/{name}    outputs
 """
 
@@ -64,22 +66,49 @@ def feed(interpreter: Any, arrays: dict[str, Any]) -> None:
         interpreter.set_tensor(detail["index"], arrays[f"case0/step0/{name}"])
 
 
+# A turn's first calls bring the weights back into the caches, which others have filled since.
+WARM_UP_SECONDS, WARM_UP_CALLS = 0.004, 5
+TURN_SECONDS, TURN_CALLS = 0.010, 20
+LEAST_CALLS = 5
+
+
 def latencies(
     interpreters: dict[str, Any], arrays: dict[str, Any], repeats: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call of each interpreter; they take turns, so that all of them see the same machine."""
+    """Milliseconds of each call of each interpreter; they take short turns, so that all see the same machine."""
     times: dict[str, list[float]] = {name: [] for name in interpreters}
+    for interpreter in interpreters.values():
+        feed(interpreter, arrays)
+        interpreter.invoke()
     deadline = time.perf_counter() + seconds
-    for repeat in range(repeats + 2):
+    while (fewest := min(map(len, times.values()))) < repeats:
+        if fewest >= LEAST_CALLS and time.perf_counter() > deadline:
+            break
         for name, interpreter in interpreters.items():
             feed(interpreter, arrays)
-            start = time.perf_counter()
-            interpreter.invoke()
-            if repeat >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
-        if repeat > 6 and time.perf_counter() > deadline:
-            break
+            _calls(interpreter, WARM_UP_SECONDS, WARM_UP_CALLS)
+            times[name] += _calls(interpreter, TURN_SECONDS, TURN_CALLS)
+    return {name: values[: max(repeats, LEAST_CALLS)] for name, values in times.items()}
+
+
+def _calls(interpreter: Any, seconds: float, most: int) -> list[float]:
+    """Milliseconds of each of some calls, one at least."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or (len(times) < most and time.perf_counter() < end):
+        start = time.perf_counter()
+        interpreter.invoke()
+        times.append((time.perf_counter() - start) * 1e3)
     return times
+
+
+def peak_bytes() -> int | None:
+    """The most memory this process has had. getrusage would count that of the process it was started from."""
+    try:
+        with open("/proc/self/status") as file:
+            return next((1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:")), None)
+    except OSError:
+        return None
 
 
 def main(job_path: str, out_path: str) -> None:
@@ -89,11 +118,16 @@ def main(job_path: str, out_path: str) -> None:
         arrays = dict(file)
     job = json.loads(str(arrays.pop("job")))
     interpreter_class, load_delegate, version = load(job["runtime"])
-    result, outputs = {"version": version, "latency_ms": {}}, {}
+    outputs: dict[str, Any] = {}
+    result: dict[str, Any] = {"version": version, "times_ms": {}, "idle_bytes": peak_bytes()}
     interpreters = {}
     for name, path in job["files"].items():
-        delegates = [load_delegate(job["delegate"], {"num_threads": "1"})] if name in job["delegated"] else None
-        interpreters[name] = interpreter_class(model_path=path, num_threads=1, experimental_delegates=delegates)
+        delegates = (
+            [load_delegate(job["delegate"], {"num_threads": str(job["threads"])})] if name in job["delegated"] else None
+        )
+        interpreters[name] = interpreter_class(
+            model_path=path, num_threads=job["threads"], experimental_delegates=delegates
+        )
         interpreters[name].allocate_tensors()
     for name in job["checked"]:
         for case, step, values in run_cases(interpreters[name], arrays, job["carry"], job["cases"]):
@@ -101,7 +135,8 @@ def main(job_path: str, out_path: str) -> None:
                 outputs[f"{name}/case{case}/step{step}/{key}"] = value
     if job["repeats"]:
         timed = {name: interpreters[name] for name in job["timed"]}
-        result["latency_ms"] = latencies(timed, arrays, job["repeats"], job["seconds"])
+        result["times_ms"] = latencies(timed, arrays, job["repeats"], job["seconds"])
+    result["peak_bytes"] = peak_bytes()
     np.savez(out_path, result=json.dumps(result), **outputs)
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_MOST_BYTES = 1 << 32  # of a dense tensor: more is a lie, or no model for a device
+
 
 @dataclass(frozen=True)
 class BlockCSR:
@@ -90,6 +92,74 @@ def encode_blocks(matrix: np.ndarray, block: tuple[int, int]) -> BlockCSR:
         segments=segments,
         indices=np.nonzero(keep)[1].astype(np.int64),
     )
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the tree of a sparse tensor: `size` children of every node or, compressed, those that are listed."""
+
+    size: int = 0
+    segments: np.ndarray | None = None
+    indices: np.ndarray | None = None
+
+
+def decode(
+    values: np.ndarray, shape: tuple[int, ...], order: list[int], block_map: list[int], levels: list[Level]
+) -> np.ndarray:
+    """The dense tensor, of any form of sparsity that the file format has. Nothing is taken for granted.
+
+    Args:
+        values: stored elements, 1-D.
+        shape: of the dense tensor.
+        order: which dimension each level walks; those from `len(shape)` on are the inner dimensions of blocks.
+        block_map: which dimension each of the inner dimensions divides.
+        levels: from the outermost to the innermost.
+
+    Raises:
+        ValueError: the description contradicts itself, the shape, or the number of elements.
+    """
+    rank = len(shape)
+    if sorted(order) != list(range(rank + len(block_map))) or len(levels) != len(order):
+        raise ValueError(f"levels do not belong to the shape. Received: shape={shape}, traversal_order={order}")
+    if len(set(block_map)) != len(block_map) or not all(0 <= d < rank for d in block_map):
+        raise ValueError(f"blocks do not belong to the shape. Received: shape={shape}, block_map={block_map}")
+    if any(d < 0 for d in shape) or np.prod(shape, dtype=float) * values.itemsize > _MOST_BYTES:
+        raise ValueError(f"the shape takes more than {_MOST_BYTES >> 30} GiB. Received: shape={shape}")
+    limits = list(shape)
+    for position, dim in enumerate(block_map):
+        size = levels[order.index(rank + position)].size
+        if size < 1 or shape[dim] % size:
+            raise ValueError(f"blocks do not divide the shape. Received: shape={shape}, a block of {size}")
+        limits[dim] //= size
+        limits.append(size)
+    elements, nodes = int(np.prod(shape)), 1
+    paths: dict[int, np.ndarray] = {}
+    for dim, level in zip(order, levels, strict=True):
+        if level.segments is None or level.indices is None:
+            if level.size != limits[dim] or nodes * level.size > elements:
+                raise ValueError(f"a level of {level.size} does not belong to the shape. Received: shape={shape}")
+            counts, indices = np.full(nodes, level.size), np.tile(np.arange(level.size), nodes)
+        else:
+            counts, indices = np.diff(level.segments), level.indices
+            starts_well = len(level.segments) == nodes + 1 and level.segments[0] == 0
+            if not starts_well or (counts < 0).any() or level.segments[-1] != len(indices):
+                raise ValueError("segments do not enclose the indices")
+            if len(indices) and not 0 <= indices.min() <= indices.max() < limits[dim]:
+                raise ValueError(
+                    f"an index lies outside of {limits[dim]}. Received: {indices.min()} to {indices.max()}"
+                )
+            if len(indices) > elements:
+                raise ValueError("there are more indices than elements")
+        paths = {d: np.repeat(path, counts) for d, path in paths.items()}
+        paths[dim] = indices
+        nodes = len(indices)
+    if len(values) != nodes:
+        raise ValueError(f"{nodes} elements are described, and {len(values)} are there")
+    for position, dim in enumerate(block_map):
+        paths[dim] = paths[dim] * limits[rank + position] + paths[rank + position]
+    dense = np.zeros(shape, values.dtype)
+    dense[tuple(paths[d] for d in range(rank))] = values
+    return dense
 
 
 def smallest_index(index: np.ndarray) -> np.ndarray:

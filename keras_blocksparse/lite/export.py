@@ -215,7 +215,7 @@ def export_tflite(
                         label, name, result, cases, quantize, tolerance, streaming
                     )
                 if measure_latency:
-                    latency[label], latency_dense[label] = result.latency_ms[name], result.latency_ms["dense"]
+                    latency[label], latency_dense[label] = result.latency_ms(name), result.latency_ms("dense")
 
         report = ExportReport(
             path=str(path),

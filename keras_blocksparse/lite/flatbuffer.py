@@ -4,15 +4,20 @@ The converter gives a dense file; `Flatbuffer` holds it as the object tree that 
 offers, and each method makes one change to it. What the stock kernels can read is decided in `sparsify.py`, not here.
 """
 
+import os
+import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keras_blocksparse.lite.encode import BlockCSR, smallest_index
+from keras_blocksparse.lite.encode import BlockCSR, Level, decode, smallest_index
 
 _FILE_IDENTIFIER = b"TFL3"
 _BUFFER_ALIGNMENT = 16  # `force_align` of Buffer.data in the schema
+# Fields of options in which an operator names the subgraphs it runs.
+_SUBGRAPH_FIELDS = ("condSubgraphIndex", "bodySubgraphIndex", "thenSubgraphIndex", "elseSubgraphIndex", "subgraph")
 
 
 class Flatbuffer:
@@ -46,6 +51,33 @@ class Flatbuffer:
         }
         self._buffers: dict[bytes, int] = {}
 
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Flatbuffer":
+        """The model in a file that may be anybody's.
+
+        Raises:
+            ValueError: there is no such file, or it is no TFLite model, or a broken one.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"Cannot read {os.fspath(path)!r}: {error.strerror}") from error
+        if data[4:8] != _FILE_IDENTIFIER:
+            raise ValueError(f"{os.fspath(path)!r} is no TFLite model: it has no {_FILE_IDENTIFIER.decode()!r} mark")
+        try:
+            file = cls(data)
+            for graph in file.tree.subgraphs:
+                sizes = [len(graph.tensors), len(file.tree.operatorCodes), len(file.tree.buffers)]
+                numbers = [(int(t), 0) for op in graph.operators or () for t in (*op.inputs, *op.outputs) if t >= 0]
+                numbers += [(int(t), 0) for t in (*graph.inputs, *graph.outputs)]
+                numbers += [(op.opcodeIndex, 1) for op in graph.operators or ()]
+                numbers += [(tensor.buffer, 2) for tensor in graph.tensors]
+                if not all(0 <= number < sizes[kind] for number, kind in numbers):
+                    raise IndexError("a number of a tensor, buffer or operator is out of range")
+        except (struct.error, IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is a broken TFLite model: {error}") from error
+        return file
+
     # ---- reading
 
     def op_name(self, op: Any) -> str:
@@ -53,7 +85,7 @@ class Flatbuffer:
         code = self.tree.operatorCodes[op.opcodeIndex]
         builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
         if builtin == self.schema.BuiltinOperator.CUSTOM:
-            return code.customCode.decode()
+            return text_of(code.customCode)
         names = {v: k for k, v in vars(self.schema.BuiltinOperator).items() if not k.startswith("_")}
         return names.get(builtin, f"builtin {builtin}")
 
@@ -79,7 +111,71 @@ class Flatbuffer:
             return None
         return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(np.asarray(tensor.shape, int))
 
+    def dense(self, tensor: Any) -> np.ndarray | None:
+        """Value of a constant tensor, unpacked if it is sparse; None for any other tensor.
+
+        Raises:
+            ValueError: the sparsity or the size of the tensor is a lie.
+        """
+        if tensor.sparsity is None:
+            return self.constant(tensor)
+        data, dtype = self.tree.buffers[tensor.buffer].data, self._dtypes.get(tensor.type)
+        if data is None or dtype is None:
+            return None
+        values = np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype)
+        sparse = tensor.sparsity
+        levels = [
+            Level(segments=_index(dim.arraySegments), indices=_index(dim.arrayIndices))
+            if dim.format == self.schema.DimensionType.SPARSE_CSR
+            else Level(size=int(dim.denseSize))
+            for dim in sparse.dimMetadata or ()
+        ]
+        order, blocks = ([int(d) for d in _or_empty(v)] for v in (sparse.traversalOrder, sparse.blockMap))
+        return decode(values, tuple(int(d) for d in tensor.shape), order, blocks, levels)
+
     # ---- changing
+
+    def subgraphs_below(self, index: int) -> list[int]:
+        """A subgraph and those that its operators run, by number."""
+        found, pending = [], [index]
+        while pending:
+            index = pending.pop()
+            if index not in found:
+                found.append(index)
+                for op in self.tree.subgraphs[index].operators or ():
+                    options = op.builtinOptions
+                    pending += [getattr(options, name) for name in _SUBGRAPH_FIELDS if hasattr(options, name)]
+        return found
+
+    def remove_subgraphs(self, dropped: set[int]) -> None:
+        """Removes subgraphs that no operator runs any more, and numbers the others anew."""
+        kept = [index for index in range(len(self.tree.subgraphs)) if index not in dropped]
+        for index in kept:
+            for op in self.tree.subgraphs[index].operators or ():
+                for name in _SUBGRAPH_FIELDS:
+                    if hasattr(op.builtinOptions, name):
+                        setattr(op.builtinOptions, name, kept.index(getattr(op.builtinOptions, name)))
+        self.tree.subgraphs = [self.tree.subgraphs[index] for index in kept]
+
+    def remove_unread(self, graph: Any) -> None:
+        """Removes operators whose results nobody reads, and the values of constants that nobody reads."""
+        while True:
+            read = {int(t) for op in graph.operators for t in op.inputs} | {int(t) for t in graph.outputs}
+            kept = [op for op in graph.operators if any(int(t) in read for t in op.outputs)]
+            if len(kept) == len(graph.operators):
+                break
+            graph.operators = kept
+        for index, tensor in enumerate(graph.tensors):
+            if index not in read:
+                tensor.buffer = 0
+
+    def set_constant(self, tensor: Any, value: np.ndarray) -> None:
+        """Makes a tensor a dense constant, float32 or int8."""
+        tensor.sparsity = None
+        tensor.type = {np.float32: self.schema.TensorType.FLOAT32, np.int8: self.schema.TensorType.INT8}[
+            value.dtype.type
+        ]
+        tensor.buffer = self.add_buffer(np.ascontiguousarray(value))
 
     def add_buffer(self, data: np.ndarray) -> int:
         """Index of a buffer with the bytes of the array: one that was added before, or a new one.
@@ -238,6 +334,20 @@ class Flatbuffer:
         builder = flatbuffers.Builder(1 << 20)
         builder.Finish(self.tree.Pack(builder), file_identifier=_FILE_IDENTIFIER)
         return bytes(builder.Output())
+
+
+def text_of(value: bytes | str | None) -> str:
+    """A string of the schema: its generated module gives bytes or str, by its version and by where they come from."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
+
+
+def _or_empty(vector: Any) -> Any:
+    return () if vector is None else vector
+
+
+def _index(vector: Any) -> np.ndarray:
+    """An index vector of any width; none at all is empty."""
+    return np.asarray(_or_empty(None if vector is None else vector.values), np.int64)
 
 
 def _aligned(schema: Any) -> type:

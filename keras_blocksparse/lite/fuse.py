@@ -259,21 +259,8 @@ def _outline(file: Flatbuffer, graph: Any, call: FusedCall, begins: list[Any], e
     graph.operators.insert(max(graph.operators.index(op) for op in ends) + 1, fused)
     for op in (*begins, *ends):
         graph.operators.remove(op)
-    _remove_unread(graph)
+    file.remove_unread(graph)
     _pass_on_outputs(file, graph, fused)
-
-
-def _remove_unread(graph: Any) -> None:
-    """Removes operators whose results nobody reads, and the values of constants that nobody reads."""
-    while True:
-        read = {int(t) for op in graph.operators for t in op.inputs} | {int(t) for t in graph.outputs}
-        kept = [op for op in graph.operators if any(int(t) in read for t in op.outputs)]
-        if len(kept) == len(graph.operators):
-            break
-        graph.operators = kept
-    for index, tensor in enumerate(graph.tensors):
-        if index not in read:
-            tensor.buffer = 0
 
 
 def _pass_on_outputs(file: Flatbuffer, graph: Any, fused: Any) -> None:
@@ -298,7 +285,7 @@ def _pass_on_outputs(file: Flatbuffer, graph: Any, fused: Any) -> None:
 def name_weights(file: Flatbuffer, calls: list[FusedCall]) -> None:
     """Finds the constants that make up each call's matrices, before they are encoded, and remembers where they are."""
     for call in calls:
-        graphs = _graphs_below(file, call.decomposition)
+        graphs = file.subgraphs_below(call.decomposition)
         for name, matrix in call.matrices.items():
             call.places[name] = _columns(file, graphs, matrix) or _add(file, call, name, matrix.T)
         call.places["bias"] = [] if call.bias is None else _add(file, call, "bias", call.bias)
@@ -335,23 +322,6 @@ def _add(file: Flatbuffer, call: FusedCall, name: str, value: np.ndarray) -> lis
     return [call.decomposition, file.add_constant(graph, f"{call.layer}/{name}".encode(), np.ascontiguousarray(value))]
 
 
-def _graphs_below(file: Flatbuffer, index: int) -> list[int]:
-    """A subgraph and those that its operators run."""
-    found, pending = [], [index]
-    while pending:
-        index = pending.pop()
-        if index not in found:
-            found.append(index)
-            for op in file.tree.subgraphs[index].operators or ():
-                pending += [
-                    getattr(op.builtinOptions, name) for name in _SUBGRAPH_FIELDS if hasattr(op.builtinOptions, name)
-                ]
-    return found
-
-
-_SUBGRAPH_FIELDS = ("condSubgraphIndex", "bodySubgraphIndex", "thenSubgraphIndex", "elseSubgraphIndex", "subgraph")
-
-
 # ---- what the operator says
 
 
@@ -369,7 +339,7 @@ def set_attributes(file: Flatbuffer, calls: list[FusedCall], bfloat16: bool, com
     if compat == "custom":
         for call in calls:
             _move_weights(file, call)
-        _drop_decompositions(file, calls)
+        file.remove_subgraphs({index for call in calls for index in file.subgraphs_below(call.decomposition)})
     for call in calls:
         attributes = {**call.attributes, "bfloat16": int(bfloat16), **call.places}
         data = np.frombuffer(bytes(flexbuffers.Dumps(attributes)), np.uint8)
@@ -390,17 +360,3 @@ def _move_weights(file: Flatbuffer, call: FusedCall) -> None:
             source = file.tree.subgraphs[index].tensors[tensor]
             moved += [-1, file.copy_tensor(source, call.graph)]
         call.places[name] = moved
-
-
-def _drop_decompositions(file: Flatbuffer, calls: list[FusedCall]) -> None:
-    """Removes the subgraphs that only the decompositions use, and numbers the others anew."""
-    dropped = {index for call in calls for index in _graphs_below(file, call.decomposition)}
-    kept = [index for index in range(len(file.tree.subgraphs)) if index not in dropped]
-    for index in kept:
-        for op in file.tree.subgraphs[index].operators or ():
-            for name in _SUBGRAPH_FIELDS:
-                if hasattr(op.builtinOptions, name):
-                    setattr(op.builtinOptions, name, kept.index(getattr(op.builtinOptions, name)))
-    file.tree.subgraphs = [file.tree.subgraphs[index] for index in kept]
-    for call in calls:
-        call.decomposition = -1

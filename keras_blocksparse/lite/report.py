@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from keras_blocksparse._text import bytes_text, text_table
+
 
 @dataclass(frozen=True)
 class WeightRecord:
@@ -98,7 +100,8 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [
             f"{self.path}: target {self.target}, {self.quantize or 'float32'}{', streaming' if self.streaming else ''}",
-            f"  {_size(self.bytes)}, {self.ratio:.1f}x smaller than dense float32 ({_size(self.bytes_dense)})",
+            f"  {bytes_text(self.bytes)}, {self.ratio:.1f}x smaller than dense float32 "
+            f"({bytes_text(self.bytes_dense)})",
         ]
         if self.target == "fast":
             lines.append(f"  one operator each: {', '.join(self.fused) or 'no layer'}")
@@ -134,14 +137,5 @@ class ExportReport:
                     w.why,
                 )
             )
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            cells = [
-                c.rjust(n) if 3 <= i <= 5 else c.ljust(n) for i, (c, n) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append(("  " + "  ".join(cells)).rstrip())
+        lines += ["  " + line for line in text_table(rows, 3, 6)]
         return "\n".join(lines)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"

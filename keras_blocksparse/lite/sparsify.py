@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from keras_blocksparse.lite.encode import BlockCSR, encode_blocks
-from keras_blocksparse.lite.flatbuffer import Flatbuffer
+from keras_blocksparse.lite.flatbuffer import Flatbuffer, text_of
 from keras_blocksparse.lite.report import WeightRecord
 
 _FC_VERSION = 8
@@ -136,7 +136,7 @@ class _Weight:
         source = self.value.astype(np.float32) if self.float_value is None else self.float_value
         value = source.astype(ml_dtypes.bfloat16).astype(np.float16)
         if not np.isfinite(value).all():
-            name = self.keras or self.tensor.name.decode()
+            name = self.keras or text_of(self.tensor.name)
             raise ValueError(
                 f"quantize='bfloat16' takes weights up to {np.finfo(np.float16).max:.0f}, the largest float16. "
                 f"Received: {name} with {np.abs(source).max():.3g}"
@@ -249,7 +249,7 @@ class _Weight:
 
     def _record(self, encoding: str, nbytes: int, dtype: np.dtype, why: str) -> WeightRecord:
         return WeightRecord(
-            name=self.keras or self.tensor.name.decode(),
+            name=self.keras or text_of(self.tensor.name),
             shape=tuple(int(d) for d in self.value.shape),
             dtype=str(dtype),
             encoding=encoding,

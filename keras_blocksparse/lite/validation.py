@@ -57,11 +57,25 @@ class Cases:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one runtime gave: its version, outputs by `"{file}/case{c}/step{s}/{name}"`, median latency by file."""
+    """What one runtime gave.
+
+    Attributes:
+        version: of the runtime.
+        outputs: by `"{file}/case{c}/step{s}/{name}"`.
+        times_ms: milliseconds of each call, by file.
+        idle_bytes: most memory of the process before it loaded the files; None where the system does not tell.
+        peak_bytes: most memory of the process.
+    """
 
     version: str
     outputs: dict[str, np.ndarray]
-    latency_ms: dict[str, float]
+    times_ms: dict[str, list[float]]
+    idle_bytes: int | None
+    peak_bytes: int | None
+
+    def latency_ms(self, name: str) -> float:
+        """Median milliseconds of a call."""
+        return float(np.median(self.times_ms[name]))
 
 
 def installed_runtimes(wanted: list[str] | None, composites: bool = False) -> list[str]:
@@ -214,6 +228,9 @@ def run(
     timed: list[str],
     workdir: Path,
     timeout: float,
+    num_threads: int = 1,
+    repeats: int = _REPEATS,
+    seconds: float = _SECONDS,
 ) -> RunResult:
     """Runs files on one runtime in a process of its own.
 
@@ -227,6 +244,9 @@ def run(
         timed: names of the files to time; they take turns.
         workdir: directory for the exchange files.
         timeout: seconds until the process is ended.
+        num_threads: of the runtime and of the delegate.
+        repeats: timed calls of each file.
+        seconds: time for all of them, after which there are fewer.
 
     Raises:
         ExportError: the process failed, was killed by a signal, or took too long.
@@ -240,8 +260,9 @@ def run(
         "cases": cases.steps,
         "checked": checked,
         "timed": timed,
-        "repeats": _REPEATS if timed else 0,
-        "seconds": _SECONDS,
+        "threads": num_threads,
+        "repeats": repeats if timed else 0,
+        "seconds": seconds,
     }
     tag = runtime.replace(".", "_")
     job_path, out_path = workdir / f"{tag}.job.npz", workdir / f"{tag}.out.npz"
@@ -252,14 +273,13 @@ def run(
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ExportError(f"{runtime} did not finish running the exported file in {timeout:g} s.") from error
+        raise ExportError(f"{runtime} did not finish running the file in {timeout:g} s.") from error
     if done.returncode != 0 or not out_path.exists():
-        raise ExportError(f"{runtime} cannot run the exported file: {_failure(done)}")
+        raise ExportError(f"{runtime} cannot run the file: {_failure(done)}")
     with np.load(out_path) as out:
         outputs = dict(out)
     result = json.loads(str(outputs.pop("result")))
-    latency = {name: float(np.median(times)) for name, times in result["latency_ms"].items()}
-    return RunResult(result["version"], outputs, latency)
+    return RunResult(outputs=outputs, **result)
 
 
 def _failure(done: subprocess.CompletedProcess[str]) -> str:

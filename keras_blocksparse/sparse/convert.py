@@ -10,10 +10,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_blocksparse._text import text_table
 from keras_blocksparse.blocks import BlockGrid, BlockSize, check_block_size, infer_block_size
 from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, register_prunable
 from keras_blocksparse.pruning import constraints_of
-from keras_blocksparse.report import text_table
 from keras_blocksparse.sparse.layers import (
     BlockSparseDense,
     BlockSparseGRU,

@@ -188,7 +188,7 @@ def test_a_crash_is_an_error(model, path, monkeypatch, tmp_path_factory):
 
 def test_a_file_no_interpreter_takes(model, path, monkeypatch):
     monkeypatch.setattr(export.Flatbuffer, "tobytes", lambda self: b"not a flatbuffer" * 10)
-    with pytest.raises(ExportError, match=f"{QUICK[0]} cannot run the exported file"):
+    with pytest.raises(ExportError, match=f"{QUICK[0]} cannot run the file"):
         export_tflite(model, path, runtimes=QUICK)
 
 
