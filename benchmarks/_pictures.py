@@ -157,8 +157,8 @@ class Bars:
     milliseconds: dict[str, float]
 
 
-def layer_pictures(groups: Sequence[Bars], folder: Path) -> dict[str, str]:
-    """Writes that of layers.py."""
+def layer_pictures(groups: Sequence[Bars], folder: Path, name: str, text: str) -> dict[str, str]:
+    """Writes that of layers.py or device.py; maps the file to the sentence below it."""
     figure, all_axes = plt.subplots(
         len(groups), 1, figsize=(6.4, 0.4 + 0.27 * sum(len(group.milliseconds) + 3 for group in groups)), squeeze=False,
         height_ratios=[len(group.milliseconds) + 1 for group in groups], layout="constrained",
@@ -175,8 +175,5 @@ def layer_pictures(groups: Sequence[Bars], folder: Path) -> dict[str, str]:
         axes.set_xlim(min(values) / 2, max(values) * 2.5)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    _finish(figure, folder / "layers.svg", legend=False)
-    text = (
-        "A whole layer, one call, on one thread where not said otherwise. Shorter is better; the scale is logarithmic."
-    )
-    return {"layers.svg": text}
+    _finish(figure, folder / name, legend=False)
+    return {name: text}

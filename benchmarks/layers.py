@@ -369,7 +369,11 @@ def main() -> None:
             for result in results
         ]
         command = "python -m benchmarks.layers" + " --quick" * options.quick
-        pictures = layer_pictures(groups, output)
+        text = (
+            "A whole layer, one call, on one thread where not said otherwise. Shorter is better; the scale is "
+            "logarithmic."
+        )
+        pictures = layer_pictures(groups, output, "layers.svg", text)
         write(output / "layers.md", page("Layers", command, lead, facts, tables, pictures))
 
 
