@@ -2,7 +2,8 @@
 
 `python -m examples.cpp.check` does so here. With `--aarch64` (`make aarch64`) everything is cross-compiled by Debian's
 g++-aarch64-linux-gnu, the delegate as one self-contained library, and run under qemu-user against the LiteRT library
-of the aarch64 wheel. It proves function; times under an emulator mean nothing.
+of the aarch64 wheel. With `--clang` the same is compiled by clang, as Android's NDK does. It proves function; times
+under an emulator mean nothing.
 """
 
 from __future__ import annotations
@@ -146,18 +147,23 @@ def compare(machine: Machine, program: Path, folder: Path) -> float:
 # ---- aarch64
 
 
-def aarch64(folder: Path) -> Machine:
+def aarch64(folder: Path, clang: bool) -> Machine:
     """Cross-builds the delegate and fetches LiteRT for aarch64.
 
     Raises:
         SystemExit: a tool is missing, or the delegate is too large.
     """
     tools = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "cmake": "cmake"}
+    if clang:
+        tools["clang++"] = "clang"
     missing = [package for tool, package in tools.items() if not shutil.which(tool)]
     if missing:
         raise SystemExit(f"make aarch64 needs Debian's {' and '.join(missing)}: apt-get install {' '.join(missing)}")
-    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={NATIVE / 'aarch64.cmake'}"
-    call("cmake", "-S", NATIVE, "-B", folder / "delegate", toolchain, "-DKBS_STANDALONE=ON", f"-DKBS_OUTPUT={folder}")
+    toolchain = [f"-DCMAKE_TOOLCHAIN_FILE={NATIVE / 'aarch64.cmake'}"]
+    if clang:
+        toolchain = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_CXX_COMPILER=clang++"]
+        toolchain.append("-DCMAKE_CXX_COMPILER_TARGET=aarch64-linux-gnu")
+    call("cmake", "-S", NATIVE, "-B", folder / "delegate", *toolchain, "-DKBS_STANDALONE=ON", f"-DKBS_OUTPUT={folder}")
     call("cmake", "--build", folder / "delegate", "--parallel", os.cpu_count() or 1)
     delegate = folder / "libkbs_tflite.so"
     size = delegate.stat().st_size
@@ -179,18 +185,20 @@ def aarch64(folder: Path) -> Machine:
     if not (root / "lib").exists():
         (root / "lib").symlink_to("/usr/aarch64-linux-gnu/lib")
     launcher = ("qemu-aarch64", "-cpu", "neoverse-n1", "-L", str(root))
-    return Machine(litert, delegate, (toolchain,), launcher)
+    return Machine(litert, delegate, tuple(toolchain), launcher)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m examples.cpp.check", description=__doc__)
     parser.add_argument("--aarch64", action="store_true", help="cross-compile, and run in an emulator")
+    parser.add_argument("--clang", action="store_true", help="the same, compiled by clang")
     options = parser.parse_args(arguments)
-    folder = ROOT / "build" / ("aarch64" if options.aarch64 else "cpp")
+    cross = options.aarch64 or options.clang
+    folder = ROOT / "build" / ("aarch64-clang" if options.clang else "aarch64" if cross else "cpp")
     folder.mkdir(parents=True, exist_ok=True)
-    if options.aarch64:
-        machine = aarch64(folder)
+    if cross:
+        machine = aarch64(folder, options.clang)
     else:
         from keras_blocksparse.lite import delegate_path
 
