@@ -80,6 +80,7 @@ bench-venv: $(VENV_BENCH)/.stamp-bench  ## the libraries to compare with, in .ve
 bench: $(VENV_BENCH)/.stamp-bench  ## against other libraries, into docs/benchmarks; BENCH_ARGS=--quick: a smoke run
 	$(VENV_BENCH)/bin/python -m benchmarks.kernels $(BENCH_ARGS) $(if $(OPUS),--opus $(OPUS))
 	$(VENV_BENCH)/bin/python -m benchmarks.layers $(BENCH_ARGS)
+	$(VENV_BENCH)/bin/python -m benchmarks.device $(BENCH_ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.export_size_latency $(BENCH_ARGS)
 	$(VENV_BENCH)/bin/python -m benchmarks.training_cost $(BENCH_ARGS)
 

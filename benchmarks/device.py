@@ -327,19 +327,11 @@ def bars(
                 at_most=True,
             )
         )
-    if used:
-        ours, dense = used[OURS][0], used[DENSE][0]
+    for name in OURS_DTYPES if used else ():
+        ours, dense = used[name][0], used[DENSE][0]
         text = f"{ours / 1e6:.1f} MB and {dense / 1e6:.1f} MB"
-        rows.append(
-            Bar(
-                f"peak memory of a process, {largest.name}",
-                "{} that of the dense file",
-                1,
-                ours / dense,
-                text,
-                at_most=True,
-            )
-        )
+        work = f"peak memory of a process, {largest.name}, {name}"
+        rows.append(Bar(work, "{} that of the dense file", 1, ours / dense, text, at_most=True))
     return rows
 
 

@@ -1,10 +1,19 @@
 """What the benchmarks write: no times here, but that their numbers are told rightly."""
 
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks._opus import _pack
 from benchmarks._report import Bar, Table, bars_table, page, time_text, write
+from benchmarks.lite_matrix import ENVIRONMENTS, KINDS, Outcome, cell
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -58,3 +67,37 @@ def test_opus_gets_the_blocks_it_walks_over():
         place += count
     assert (place, block) == (len(index), len(blocks))
     np.testing.assert_allclose(y, x @ w)
+
+
+@pytest.mark.parametrize(
+    ("title", "composites", "delegate", "result", "text", "good"),
+    [
+        ("composite, float32", True, False, "ok", "1e-07", True),
+        ("composite, float32", True, False, "wrong: off by 1", "gru: wrong: off by 1", False),
+        ("composite, float32", True, True, "died of signal 11", "gru: died of signal 11", False),
+        ("composite, float32", False, True, "cannot load", "refused", True),
+        ("composite, float32", False, True, "died of signal 11", "died of signal 11", False),
+        ("custom, float32", True, False, "cannot load", "refused", True),
+        ("custom, float32", False, True, "ok", "1e-07", True),
+        ("stock, float32", False, False, "cannot load", "gru: cannot load", False),
+    ],
+)
+def test_a_runtime_is_as_it_should_be(title, composites, delegate, result, text, good):
+    number = next(i for i, kind in enumerate(KINDS) if kind.title == title)
+    kind = dataclasses.replace(KINDS[number], models=("gru",))
+    environment = next(e for e in ENVIRONMENTS if e.composites is composites)
+    key = f"{number}/gru/{int(delegate)}"
+    outcome = Outcome("1.0", {key: result}, {key: 1e-7})
+    assert cell(kind, number, environment, outcome, delegate) == (text, good)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ai_edge_litert"), reason="needs ai-edge-litert")
+def test_the_device_benchmark_runs(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.device", "--quick", "--rounds", "1", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "device.md").read_text()
+    for words in ("## Bars", "ours, float32", "stock 1x16-sparse int8", "## Streaming", "peak memory"):
+        assert words in text
+    assert (tmp_path / "device.svg").stat().st_size > 0

@@ -87,6 +87,8 @@ def test_the_guides_code_runs(tmp_path):
 def test_the_api_page_shows_every_public_name():
     shown = re.findall(r"^::: keras_blocksparse\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert sorted(shown) == sorted(name for name in kbs.__all__ if not name.startswith("__"))
+    shown += re.findall(r"^::: keras_blocksparse\.lite\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert set(kbs.lite.__all__) <= set(shown)
 
 
 def data(shape: tuple[int, ...], utterances: int = 160) -> str:
@@ -117,7 +119,10 @@ def shrunk(block: str) -> str:
     return block
 
 
-@pytest.mark.parametrize("command", ["help", "-n demo", "-n test", "-n lint", "-n docs", "-n bench"])
+@pytest.mark.parametrize(
+    "command",
+    ["help", "-n demo", "-n test", "-n lint", "-n docs", "-n bench", "-n fuzz", "-n lite-matrix", "-n aarch64"],
+)
 def test_make_knows_its_commands(command):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(

@@ -6,6 +6,7 @@ beside the function breaks its variables.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -490,7 +491,7 @@ def to_tflite(traced: Traced, quantize: str | None, marked: bool = False) -> byt
         # load it as an older version take no notice of the scales and compute wrong numbers.
         converter._experimental_disable_per_channel_quantization_for_dense_layers = True
     try:
-        with _quiet():
+        with _quiet(), _without_native_log() if marked else contextlib.nullcontext():
             return converter.convert()
     except Exception as error:
         raise ExportError(_converter_message(str(error))) from error
@@ -527,3 +528,19 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _without_native_log() -> Iterator[None]:
+    """Keeps the converter's native code from telling users to implement our marks as custom operators.
+
+    It writes to the file descriptor, past `sys.stderr`. Errors come as exceptions and are not lost.
+    """
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
