@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+from collections.abc import Iterable, Sequence
 
 
 def text_table(lines: Sequence[Sequence[str]], left: int, right: int | None = None) -> list[str]:
@@ -15,6 +16,19 @@ def text_table(lines: Sequence[Sequence[str]], left: int, right: int | None = No
     ]
     text.insert(1, "-" * max(map(len, text)))
     return [line.rstrip() for line in text]
+
+
+def html_table(headings: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], lead: Sequence[str] = ()) -> str:
+    """Lines, each of a kind (its class) and its cells, as a table with paragraphs above it."""
+
+    def row(kind: str, cells: Sequence[str], tag: str) -> str:
+        return f'<tr class="{kind}">' + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "\n".join(row(kind, cells, "td") for kind, cells in lines)
+    return (
+        "".join(f"<p>{html.escape(text)}</p>" for text in lead)
+        + f"<table><thead>{row('head', headings, 'th')}</thead>\n<tbody>{body}</tbody></table>"
+    )
 
 
 def by(sides: Sequence[int]) -> str:

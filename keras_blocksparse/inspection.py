@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_blocksparse._text import by, bytes_text, percent, text_table
+from keras_blocksparse._text import by, bytes_text, html_table, percent, text_table
 from keras_blocksparse.blocks import BlockGrid, infer_block_size
 from keras_blocksparse.lite.flatbuffer import Flatbuffer, text_of
 from keras_blocksparse.lite.fuse import COMPOSITE_NAME, CUSTOM_CODE
@@ -116,18 +116,9 @@ class FileReport:
             ValueError: `path` cannot be written.
             ImportError: matplotlib is not installed.
         """
-
-        def line(kind: str, cells: tuple[str, ...], tag: str) -> str:
-            return f'<tr class="{kind}">' + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
         lines = self._lines()
-        body = "\n".join(line("weight", cells, "td") for cells in lines[:-2])
-        totals = "\n".join(line("total", cells, "td") for cells in lines[-2:])
-        lead = "".join(f"<p>{html.escape(text)}</p>" for text in self._lead())
-        table = (
-            f'<div class="kbs">{lead}<table><thead>{line("head", _HEADINGS, "th")}</thead>\n'
-            f"<tbody>{body}\n{totals}</tbody></table></div>"
-        )
+        kinds = ["weight"] * (len(lines) - 2) + ["total"] * 2
+        table = f'<div class="kbs">{html_table(_HEADINGS, zip(kinds, lines, strict=True), self._lead())}</div>'
         with writing(path) as temporary:
             page = report_page(
                 f"Weights of {os.path.basename(self.path)}", table, [w.blocks for w in self.weights if w.blocks]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_blocksparse._text import by, percent, text_table
+from keras_blocksparse._text import by, html_table, percent, text_table
 from keras_blocksparse.blocks import BlockGrid, BlockSize, check_block_size, infer_block_size
 from keras_blocksparse.constraints import pruning_of
 from keras_blocksparse.prunable import PrunableLayer, PrunableWeight, find_prunable_layers, refuse_block_sparse
@@ -223,15 +223,8 @@ class SparsityReport:
             yield "total", (name, "", "", "", percent(total.sparsity), "", kept, "", "")
 
     def _table_html(self) -> str:
-        def line(kind: str, cells: tuple[str, ...], tag: str) -> str:
-            return f'<tr class="{kind}">' + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        body = "\n".join(line(kind, cells, "td") for kind, cells in self._lines())
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return (
-            f'<div class="kbs"><table><thead>{line("head", _HEADINGS, "th")}</thead>\n<tbody>{body}</tbody></table>'
-            f"{notes}</div>"
-        )
+        return f'<div class="kbs">{html_table(_HEADINGS, self._lines())}{notes}</div>'
 
 
 def sparsity_report(model: Any, block_size: BlockSize | None = None) -> SparsityReport:

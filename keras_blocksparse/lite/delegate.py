@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from keras_blocksparse.sparse._native import installed_library
+
 # Where `Interpreter` and `load_delegate` are, the preferred first.
 _MODULES = {
     "ai_edge_litert": "ai_edge_litert.interpreter",
@@ -26,17 +28,7 @@ def delegate_path() -> Path:
     Raises:
         ImportError: it was not built.
     """
-    import keras_blocksparse
-
-    places = [Path(folder, "native", "lib", "libkbs_tflite.so") for folder in keras_blocksparse.__path__]
-    for path in places:
-        if path.is_file():
-            return path
-    raise ImportError(
-        "keras_blocksparse's TFLite delegate libkbs_tflite.so is missing: this installation was not built for this "
-        "machine. Reinstall the package (it needs g++ and CMake where there is no wheel). Looked for "
-        + ", ".join(map(str, places))
-    )
+    return installed_library("libkbs_tflite.so")
 
 
 def load_delegate(num_threads: int = 1, *, runtime: str | None = None) -> Any:

@@ -167,16 +167,24 @@ def library_path() -> Path:
     Raises:
         ImportError: it was not built.
     """
-    if named := os.environ.get("KBS_LIBRARY"):
-        return Path(named)
+    named = os.environ.get("KBS_LIBRARY")
+    return Path(named) if named else installed_library("libkbs.so")
+
+
+def installed_library(name: str) -> Path:
+    """A library of the package.
+
+    Raises:
+        ImportError: it was not built.
+    """
     import keras_blocksparse
 
-    places = [Path(folder, "native", "lib", "libkbs.so") for folder in keras_blocksparse.__path__]
+    places = [Path(folder, "native", "lib", name) for folder in keras_blocksparse.__path__]
     for path in places:
         if path.is_file():
             return path
     raise ImportError(
-        "keras_blocksparse's native library libkbs.so is missing: this installation was not built for this machine. "
+        f"keras_blocksparse's native library {name} is missing: this installation was not built for this machine. "
         "Reinstall the package (it needs g++ and CMake where there is no wheel). Looked for "
         + ", ".join(map(str, places))
     )
