@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <vector>
+#include <new>
 
 #include "threads.h"
 
@@ -123,21 +123,22 @@ void matmul(const Kernels& k, const View& view, const float* x, size_t x_stride,
   const int threads = threads_for(view, batch);
   const int64_t chunks = (batch + kBlockRows - 1) / kBlockRows;
   const int parts = strip_parts(threads, chunks);
-  const size_t bytes = operand_bytes(view, batch);
-  char* workspace = thread_workspace(bytes * threads);
   struct Made {
-    int64_t chunk = -1;
+    int64_t chunk;
     Operand operand;
   };
-  std::vector<Made> made((size_t)threads);
+  // Before the operand's own memory, for a product must not allocate: real-time audio calls it.
+  const size_t head = round_up(sizeof(Made), 64), bytes = head + operand_bytes(view, batch);
+  char* workspace = thread_workspace(bytes * threads);
+  for (int i = 0; i < threads; i++) (new (workspace + bytes * i) Made)->chunk = -1;
   share_out(threads, chunks * parts, [&](int64_t piece, int thread) {
     const int64_t chunk = piece / parts, first = chunk * kBlockRows;
-    Made& mine = made[thread];
+    Made& mine = *(Made*)(workspace + bytes * thread);
     if (mine.chunk != chunk) {
       const int n = (int)std::min<int64_t>(batch - first, kBlockRows);
       const float* at[kBlockRows];
       for (int b = 0; b < n; b++) at[b] = x + (first + b) * x_stride;
-      make_operand(k, view, at, n, workspace + bytes * thread, &mine.operand);
+      make_operand(k, view, at, n, workspace + bytes * thread + head, &mine.operand);
       mine.chunk = chunk;
     }
     const int part = (int)(piece % parts);
