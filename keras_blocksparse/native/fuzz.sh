@@ -52,7 +52,8 @@ for target in delegate packed; do
         -print_final_stats=1 -verbosity=0 -artifact_prefix="$folder/finding_${target}_" \
         "$folder/corpus_$target" "tests/native/corpus/$target" 2>"$folder/$target.log" || {
         tail -40 "$folder/$target.log" >&2
-        echo "a finding; its input: $(ls -t "$folder"/finding_"${target}"_* | head -1)" >&2
+        found=$(find "$folder" -name "finding_${target}_*" -newer "$folder/fuzz_$target" | head -1)
+        if [ -n "$found" ]; then echo "a finding; its input: $found"; else echo "ended early, without a finding"; fi >&2
         exit 1
     }
     grep -E "number_of_executed_units|new_units_added|peak_rss_mb" "$folder/$target.log"
