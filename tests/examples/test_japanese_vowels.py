@@ -30,7 +30,7 @@ def utterances(speakers=9, each=4, longest=12, seed=0):
 
 
 def wheel_with(folder: Path, members: dict[str, str]) -> Path:
-    path = folder / data.WHEEL
+    path = folder / data.PACKAGE.wheel
     with zipfile.ZipFile(path, "w") as archive:
         for name, text in members.items():
             archive.writestr(name, text)
@@ -65,30 +65,6 @@ def test_held_out_takes_its_share_of_every_speaker_and_loses_nothing():
     np.testing.assert_array_equal(np.bincount(kept.y), 4)
     np.testing.assert_array_equal(np.bincount(held.y), 2)
     assert {u.tobytes() for u in kept.x} | {u.tobytes() for u in held.x} == {u.tobytes() for u in train.x}
-
-
-def test_changed_data_is_refused(tmp_path):
-    wheel = wheel_with(tmp_path, {data.MEMBER.format(split="TRAIN"): TS})
-    with pytest.raises(SystemExit, match=f"sha256 {hashlib.sha256(TS.encode()).hexdigest()}, expected"):
-        data.read_member(wheel, "TRAIN")
-
-
-@pytest.mark.parametrize("content", [b"not a zip", None])
-def test_a_wheel_that_is_not_the_wheel_is_refused(tmp_path, content):
-    wheel = wheel_with(tmp_path, {"other.txt": ""})
-    if content:
-        wheel.write_bytes(content)
-    with pytest.raises(SystemExit, match="is not the wheel of aeon==1.6.0.*Delete it"):
-        data.read_member(wheel, "TEST")
-
-
-def test_offline_tells_what_to_bring_and_where(tmp_path, monkeypatch):
-    def fail(command, **_):
-        raise subprocess.CalledProcessError(1, command, stderr="ERROR: No matching distribution found")
-
-    monkeypatch.setattr(data.subprocess, "run", fail)
-    with pytest.raises(SystemExit, match=r"(?s)No matching distribution.*Without one: bring aeon.*\.whl.*put it at"):
-        data.load(tmp_path / "cache")
 
 
 def test_loads_the_recordings_from_the_wheel(tmp_path, monkeypatch):

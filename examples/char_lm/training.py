@@ -1,0 +1,89 @@
+"""One training from beginning to end: data, network, fit, score, files."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+from rich.console import Console
+
+from examples.char_lm import data, network
+from examples.common import fitting
+from examples.common.compression import Compression
+from examples.common.files import write_json
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training is asked to be. See `python -m examples.char_lm --help`."""
+
+    text: str | None = None
+    characters: int | None = 400_000
+    cell: str = "gru"
+    units: int = 384
+    layers: int = 1
+    embedding: int = 64
+    dropout: float = 0.0
+    epochs: int = 12
+    batch: int = 32
+    length: int = 100
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    seed: int = 0
+    evaluate: str = "dev"
+    compression: Compression | None = None
+
+
+def train(settings: Settings, output: Path, cache: Path, console: Console) -> tuple[keras.Model, dict[str, Any]]:
+    """Trains and scores a network, and writes `model.keras` and `result.json`.
+
+    Args:
+        settings: what to do.
+        output: folder to write to, and where an unfinished training is kept.
+        cache: folder for downloaded data.
+        console: where progress is shown.
+
+    Returns:
+        The model, stripped, and what `result.json` holds.
+    """
+    corpus = data.load(Path(settings.text) if settings.text else None, settings.characters, cache)
+    scored = {"dev": corpus.dev, "test": corpus.test}[settings.evaluate]
+    console.print(
+        f"{len(corpus.train):,} characters to train on, {len(scored):,} to score ({settings.evaluate});"
+        f" {len(corpus.alphabet)} different ones."
+    )
+    keras.utils.set_random_seed(settings.seed)
+    model = network.build(
+        len(corpus.alphabet), settings.cell, settings.units, settings.layers, settings.embedding, settings.dropout
+    )
+    windows = data.Windows(corpus.train, settings.batch, settings.length, settings.seed)
+    model.compile(
+        fitting.optimizer(settings.learning_rate, settings.epochs * len(windows), settings.weight_decay),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+
+    def batches(first_epoch: int) -> data.Windows:
+        windows.start_epoch(first_epoch)
+        return windows
+
+    facts = dataclasses.asdict(settings)
+    course = fitting.fit(
+        model, batches, epochs=settings.epochs, steps_per_epoch=len(windows), compression=settings.compression,
+        filters=settings.cell, folder=output, settings=facts, console=console,
+        label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}",
+    )  # fmt: skip
+    result = {
+        "task": "char_lm",
+        "settings": facts,
+        "score": network.bits_per_character(model, scored),
+        "unit": "bits per character",
+        **fitting.weights_of(model, settings.cell),
+        "course": dataclasses.asdict(course),
+        "versions": fitting.versions(),
+    }
+    model.save(output / "model.keras")
+    write_json(output / "result.json", result)
+    return model, result

@@ -1,0 +1,231 @@
+"""Training that shows how far it is, can be killed and goes on, and writes down what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import keras_blocksparse as kbs
+from examples.common.compression import Compression
+from examples.common.files import write_json
+
+
+@dataclass
+class Course:
+    """What happened, epoch by epoch.
+
+    Attributes:
+        losses: mean training loss, with the group lasso's.
+        zeros: share of zeros in the layers that are or could be pruned.
+        seconds: wall time, over all parts of a training that was resumed.
+        cpu_seconds: processor time of the process.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    zeros: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+def optimizer(learning_rate: float, steps: int, weight_decay: float = 0.0) -> keras.optimizers.Optimizer:
+    """AdamW, clipped by norm; the learning rate rises for 5 % of the steps and falls to 0 by a cosine."""
+    warmup = max(1, steps // 20)
+    rates = keras.optimizers.schedules.CosineDecay(
+        learning_rate / 10, max(1, steps - warmup), warmup_target=learning_rate, warmup_steps=warmup
+    )
+    return keras.optimizers.AdamW(rates, weight_decay=weight_decay, clipnorm=1.0)
+
+
+def fit(
+    model: keras.Model,
+    data: Callable[[int], Any],
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    compression: Compression | None,
+    filters: str,
+    folder: Path,
+    settings: dict[str, Any],
+    console: Console,
+    label: str,
+) -> Course:
+    """Trains a compiled model, from where an earlier call with the same settings was stopped, and strips it.
+
+    Args:
+        model: built and compiled.
+        data: gives what `model.fit` takes, for a training that begins with the epoch given (counted from 0).
+        epochs: of the whole training.
+        steps_per_epoch: updates in an epoch.
+        compression: how to prune; `None` for a dense network.
+        filters: regex of the layers to prune.
+        folder: where the state of an unfinished training is kept.
+        settings: what the training is asked to be, JSON-able: a state that was left by others is refused.
+        console: where progress is shown.
+        label: what progress is called.
+
+    Raises:
+        SystemExit: `folder` holds the state of a training with other settings.
+    """
+    if compression is not None:
+        compression.prune(model, filters, epochs, steps_per_epoch)
+    state = _State(folder / "unfinished", settings)
+    course = state.restore(model)
+    if first := len(course.losses):
+        console.print(f"{label}: going on after epoch {first}")
+    callbacks: list[keras.callbacks.Callback] = [
+        keras.callbacks.TerminateOnNaN(raise_error=True),
+        _Notes(course, pruned_layers(model, filters), state),
+        _Bar(console, label, epochs, first, steps_per_epoch),
+    ]
+    if compression is not None:
+        callbacks.insert(0, kbs.UpdatePruningStep())
+    model.fit(
+        data(first), initial_epoch=first, epochs=epochs, steps_per_epoch=steps_per_epoch, shuffle=False, verbose=0,
+        callbacks=callbacks,
+    )  # fmt: skip
+    if compression is not None:
+        if compression.schedule == "cut":
+            kbs.Pruner(model).prune_now(compression.sparsity)
+        kbs.strip_pruning(model)
+    state.forget()
+    return course
+
+
+def pruned_layers(model: keras.Model, filters: str) -> list[keras.layers.Layer]:
+    """The layers that `filters` picks."""
+    from keras_blocksparse.prunable import find_prunable_layers
+
+    return [found.layer for found in find_prunable_layers(model, filters)]
+
+
+def weights_of(model: keras.Model, filters: str) -> dict[str, Any]:
+    """Counts that a table needs, JSON-able: parameters, those that are not pruned away, sparsity, share by layer."""
+    layers = pruned_layers(model, filters)
+    sparsity = kbs.sparsity(layers)
+    weights = [w for layer in layers for w in layer.trainable_weights if len(w.shape) > 1]
+    zeros = sum(int(np.count_nonzero(np.asarray(w) == 0)) for w in weights)
+    return {
+        "parameters": model.count_params(),
+        "kept_parameters": model.count_params() - zeros,
+        "sparsity": sparsity,
+        "sparsity_by_weight": {w.path: float(np.mean(np.asarray(w) == 0)) for w in weights},
+    }
+
+
+def versions() -> dict[str, str]:
+    """What computed."""
+    import tensorflow as tf
+
+    return {"keras_blocksparse": kbs.__version__, "keras": keras.__version__, "tensorflow": tf.__version__}
+
+
+class _State:
+    """The state of an unfinished training: at any moment that of one whole epoch, whenever the process is killed."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))
+
+    def restore(self, model: keras.Model) -> Course:
+        """Gives the model what was saved last, if anything was, and the course so far."""
+        try:
+            saved = json.loads((self.folder / "state.json").read_text())
+        except FileNotFoundError:
+            return Course()
+        if saved["settings"] != self.settings:
+            names = sorted({*saved["settings"], *self.settings})
+            changed = [name for name in names if saved["settings"].get(name) != self.settings.get(name)]
+            raise SystemExit(
+                f"{self.folder} holds an unfinished training with other settings ({', '.join(changed)} differ). Give"
+                " the same ones to go on, another --output, or delete the folder."
+            )
+        course = Course(**saved["course"])
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(self._weights(course))
+        return course
+
+    def save(self, model: keras.Model, course: Course) -> None:
+        """Saves weights and optimizer; the older ones go when it is done."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        older = list(self.folder.glob("*.weights.h5"))
+        model.save_weights(self._weights(course))
+        write_json(self.folder / "state.json", {"settings": self.settings, "course": dataclasses.asdict(course)})
+        for path in older:
+            if path != self._weights(course):
+                path.unlink()
+
+    def forget(self) -> None:
+        """Deletes it: the training is over."""
+        shutil.rmtree(self.folder)
+
+    def _weights(self, course: Course) -> Path:
+        return self.folder / f"{len(course.losses)}.weights.h5"
+
+
+class _Notes(keras.callbacks.Callback):
+    """Notes the course, and saves it with the weights after every epoch."""
+
+    def __init__(self, course: Course, layers: list[keras.layers.Layer], state: _State) -> None:
+        super().__init__()
+        self.course, self.layers, self.state = course, layers, state
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Keras calls this."""
+        self.course.losses.append(float((logs or {})["loss"]))
+        self.course.zeros.append(kbs.sparsity(self.layers))
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.course.seconds += wall - self._wall
+        self.course.cpu_seconds += cpu - self._cpu
+        self._wall, self._cpu = wall, cpu
+        self.state.save(self.model, self.course)
+
+
+class _Bar(keras.callbacks.Callback):
+    """A progress bar on a terminal, a line for each epoch elsewhere."""
+
+    def __init__(self, console: Console, label: str, epochs: int, first: int, steps: int) -> None:
+        super().__init__()
+        self.console, self.label, self.epochs, self.first, self.steps = console, label, epochs, first, steps
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Keras calls this."""
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self.progress.start()
+            self.task = self.progress.add_task(
+                self.label, total=self.epochs * self.steps, completed=self.first * self.steps, facts=""
+            )
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Keras calls this."""
+        if self.progress is not None:
+            self.progress.update(self.task, advance=1)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Keras calls this."""
+        facts = f"epoch {epoch + 1}/{self.epochs}, loss {(logs or {})['loss']:.4f}"
+        if self.progress is not None:
+            self.progress.update(self.task, facts=facts)
+        else:
+            self.console.print(f"{self.label}: {facts}", soft_wrap=True)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Keras calls this."""
+        if self.progress is not None:
+            self.progress.stop()

