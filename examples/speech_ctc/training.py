@@ -1,0 +1,108 @@
+"""One training from beginning to end: corpus, features, network, fit, score, files."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+from rich.console import Console
+
+from examples.common import fitting
+from examples.common.compression import Compression
+from examples.common.files import replace, write_json
+from examples.speech_ctc import corpora, network, pipeline, synthesis
+from examples.speech_ctc.features import extract
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training is asked to be. See `python -m examples.speech_ctc --help`."""
+
+    data: str = "kjv"
+    phrases: int = 1800
+    max_seconds: float = 20.0
+    cell: str = "gru"
+    units: int = 256
+    layers: int = 3
+    channels: int = 128
+    dropout: float = 0.1
+    epochs: int = 15
+    batch: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    augment: bool = True
+    beam: int | None = None
+    seed: int = 0
+    evaluate: str = "dev"
+    compression: Compression | None = None
+
+
+def train(settings: Settings, output: Path, cache: Path, console: Console) -> tuple[keras.Model, dict[str, Any]]:
+    """Trains and scores a network, and writes `model.keras`, `result.json` and `texts.tsv`.
+
+    Args:
+        settings: what to do.
+        output: folder to write to, and where an unfinished training is kept.
+        cache: folder for data that is made or computed once.
+        console: where progress is shown.
+
+    Returns:
+        The model, stripped, and what `result.json` holds.
+    """
+    data = settings.data
+    if data == "kjv":
+        few = settings.phrases < 400  # a trial: as little of the other splits
+        recipe = synthesis.Recipe(train=settings.phrases, **({"dev": 40, "test": 40} if few else {}))
+        data = f"manifest:{synthesis.make(recipe, cache, console)}"
+    features = extract(corpora.load(data), cache, console, settings.max_seconds)
+    alphabet = pipeline.alphabet_of(features)
+    hours = {split: round(features.hours(split), 2) for split in corpora.SPLITS}
+    count = len(features.numbers("train"))
+    console.print(
+        f"{hours['train']} hours in {count:,} utterances to train on, {hours[settings.evaluate]} hours to score"
+        f" ({settings.evaluate}); {len(alphabet)} characters."
+    )
+    keras.utils.set_random_seed(settings.seed)
+    model = network.build(
+        len(alphabet), settings.cell, settings.units, settings.layers, settings.channels, settings.dropout
+    )
+    steps = count // settings.batch
+
+    def batches(first_epoch: int) -> Any:
+        return pipeline.training_batches(
+            features, alphabet, settings.batch, settings.seed, first_epoch, settings.augment
+        )
+
+    model.compile(
+        fitting.optimizer(settings.learning_rate, settings.epochs * max(1, steps), settings.weight_decay),
+        keras.losses.CTC(),
+    )
+    facts = dataclasses.asdict(settings)
+    filters = f"{settings.cell}_"
+    course = fitting.fit(
+        model, batches, epochs=settings.epochs, steps_per_epoch=steps, compression=settings.compression,
+        filters=filters, folder=output, settings=facts, console=console,
+        label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}",
+    )  # fmt: skip
+    score, texts = network.character_error_rate(model, features, settings.evaluate, alphabet, settings.beam)
+    result = {
+        "task": "speech_ctc",
+        "settings": facts,
+        "score": score,
+        "unit": "character error rate",
+        **fitting.weights_of(model, filters),
+        "hours": hours,
+        "skipped": len(features.skipped),
+        "alphabet": alphabet,
+        "course": dataclasses.asdict(course),
+        "versions": fitting.versions(),
+    }
+    model.save(output / "model.keras")
+    replace(output / "texts.tsv", "".join(f"{said}\t{heard}\n" for said, heard in texts).encode())
+    write_json(output / "result.json", result)
+    for said, heard in texts[:: max(1, len(texts) // 3)][:3]:
+        console.print(f"  said   {said}\n  heard  {heard}", highlight=False, markup=False)
+    return model, result
