@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = training.Settings(
         text=args.text, characters=args.characters, cell=args.cell, units=args.units, layers=args.layers,
         embedding=args.embedding, dropout=args.dropout, epochs=args.epochs, batch=args.batch, length=args.length,
-        learning_rate=args.learning_rate, weight_decay=args.weight_decay, seed=args.seed, evaluate=args.evaluate,
-        compression=how,
+        learning_rate=args.learning_rate, weight_decay=args.weight_decay, seed=args.seed, native_loop=args.native_loop,
+        evaluate=args.evaluate, compression=how,
     )  # fmt: skip
     model, result = training.train(settings, args.output, args.cache, console)
     finish.report(model, result, args.output, console, export=args.export, timesteps=args.length)

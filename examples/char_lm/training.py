@@ -33,6 +33,7 @@ class Settings:
     learning_rate: float = 3e-3
     weight_decay: float = 0.0
     seed: int = 0
+    native_loop: bool = False
     evaluate: str = "dev"
     compression: Compression | None = None
 
@@ -73,7 +74,7 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     course = fitting.fit(
         model, batches, epochs=settings.epochs, steps_per_epoch=len(windows), compression=settings.compression,
         filters=settings.cell, folder=output, settings=facts, console=console,
-        label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}",
+        label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}", native=settings.native_loop,
     )  # fmt: skip
     result = {
         "task": "char_lm",

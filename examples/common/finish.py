@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of weights, order and dropout (default: %(default)s)")
     add("--evaluate", choices=("dev", "test"), default="dev", help="test: once, at the very end (default: %(default)s)")
+    add("--native-loop", action="store_true", help="train on the native loop, quicker on a CPU for small batches")
     add("--threads", type=positive, help="that TensorFlow may use (default: all)")
     add("--output", type=Path, default=Path(output), help="folder for what is written (default: %(default)s)")
     add(
@@ -33,6 +34,9 @@ def set_threads(threads: int | None) -> None:
     if threads is not None:
         import tensorflow as tf
 
+        import keras_blocksparse as kbs
+
+        kbs.set_num_threads(threads)
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import keras_blocksparse as kbs
 from examples.common.compression import Compression
 from examples.common.files import write_json
+from examples.common.native import native_loop
 
 
 @dataclass
@@ -59,6 +60,7 @@ def fit(
     settings: dict[str, Any],
     console: Console,
     label: str,
+    native: bool = False,
 ) -> Course:
     """Trains a compiled model, from where an earlier call with the same settings was stopped, and strips it.
 
@@ -73,6 +75,7 @@ def fit(
         settings: what the training is asked to be, JSON-able: a state that was left by others is refused.
         console: where progress is shown.
         label: what progress is called.
+        native: whether the layers to prune are trained on the native loop, see `native_loop`.
 
     Raises:
         SystemExit: `folder` holds the state of a training with other settings.
@@ -90,10 +93,11 @@ def fit(
     ]
     if compression is not None:
         callbacks.insert(0, kbs.UpdatePruningStep())
-    model.fit(
-        data(first), initial_epoch=first, epochs=epochs, steps_per_epoch=steps_per_epoch, shuffle=False, verbose=0,
-        callbacks=callbacks,
-    )  # fmt: skip
+    with native_loop(pruned_layers(model, filters) if native else []):
+        model.fit(
+            data(first), initial_epoch=first, epochs=epochs, steps_per_epoch=steps_per_epoch, shuffle=False, verbose=0,
+            callbacks=callbacks,
+        )  # fmt: skip
     if compression is not None:
         if compression.schedule == "cut":
             kbs.Pruner(model).prune_now(compression.sparsity)

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         data=args.data, phrases=args.phrases, max_seconds=args.max_seconds, cell=args.cell, units=args.units,
         layers=args.layers, channels=args.channels, dropout=args.dropout, epochs=args.epochs, batch=args.batch,
         learning_rate=args.learning_rate, weight_decay=args.weight_decay, augment=args.augment, beam=args.beam,
-        seed=args.seed, evaluate=args.evaluate, compression=how,
+        seed=args.seed, native_loop=args.native_loop, evaluate=args.evaluate, compression=how,
     )  # fmt: skip
     model, result = training.train(settings, args.output, args.cache, console)
     finish.report(model, result, args.output, console, export=args.export, timesteps=400)

@@ -7,9 +7,12 @@ are heard in training.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,8 +29,9 @@ from examples.common import bible
 from examples.common.files import write_json
 
 RATE = 16_000
+#: Without those that have breath in them (f2, f3, f5, Alicia), which sound different in each process.
 VOICES = (
-    "en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en+f2", "en-us+f3", "en-gb-x-rp+f5", "en-us-nyc", "en+m1",
+    "en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en+f1", "en-us+steph", "en-gb-x-rp+belinda", "en-us-nyc", "en+m1",
     "en-us+m3", "en-gb-scotland+m7", "en-us+klatt2",
 )  # fmt: skip
 NEW_VOICES = ("en-029", "en-gb-x-gbclan", "en+f4", "en-us+m4", "en+Annie", "en-us+Alex")
@@ -59,7 +63,10 @@ class Recipe:
 
 
 class Espeak:
-    """The espeak-ng library that the package `espeakng-loader` carries. One for each process: it is not thread-safe."""
+    """The espeak-ng library that the package `espeakng-loader` carries.
+
+    One for each process: it is not thread-safe, and how something sounds depends a little on all that was said before.
+    """
 
     _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
     _SYNCHRONOUS, _UTF8 = 2, 1
@@ -73,10 +80,11 @@ class Espeak:
                 " espeakng-loader. Your own speech needs neither: --data manifest:FILE or librispeech:DIR"
             ) from error
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        path = espeakng_loader.get_data_path().encode()
-        self.rate = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, path, 0)
+        path = Path(espeakng_loader.get_data_path())
+        self._variants = path / "voices" / "!v"
+        self.rate = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, str(path).encode(), 0)
         if self.rate <= 0:
-            raise SystemExit(f"espeak-ng does not start with its data in {path.decode()} (error {self.rate}).")
+            raise SystemExit(f"espeak-ng does not start with its data in {path} (error {self.rate}).")
         self._heard: list[np.ndarray] = []
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self._callback = callback(self._hear)  # kept: C holds no reference to it
@@ -103,7 +111,10 @@ class Espeak:
         Raises:
             ValueError: espeak-ng has no such voice, or says nothing.
         """
-        if self._library.espeak_SetVoiceByName(voice.encode()):
+        _, _, variant = voice.partition("+")
+        # The library speaks without a variant that it does not know.
+        known = not variant or (self._variants / variant).is_file()
+        if not known or self._library.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"espeak-ng has no voice {voice!r}")
         for parameter, value in ((self._RATE, speed), (self._PITCH, pitch), (self._RANGE, liveliness)):
             self._library.espeak_SetParameter(parameter, value, 0)
@@ -111,9 +122,10 @@ class Espeak:
         said = text.encode()
         self._library.espeak_Synth(said, len(said) + 1, 0, 0, 0, self._UTF8, None, None)
         self._library.espeak_Synchronize()
-        if not self._heard:
+        speech = np.concatenate([np.zeros(0, np.short), *self._heard])
+        if not speech.any():
             raise ValueError(f"espeak-ng said nothing. Received: {text!r}")
-        return np.concatenate(self._heard).astype(np.float32) / 32768
+        return speech.astype(np.float32) / 32768
 
 
 def in_a_room(speech: np.ndarray, echo: float, rate: int, random: np.random.Generator) -> np.ndarray:
@@ -198,20 +210,31 @@ def _utterances(recipe: Recipe, cache: Path) -> Iterator[tuple[str, str, str, st
     """File name, text, split, voice and 16 kHz audio of every utterance."""
     import soxr
 
-    espeak, verses = Espeak(), bible.load(cache)
+    verses = bible.load(cache)
     parts = bible.split(len(verses), {"dev": 0.1, "test": 0.1}, recipe.seed)
-    for split, count in (("train", recipe.train), ("dev", recipe.dev), ("test", recipe.test)):
-        said = phrases([verses[n] for n in parts[split]], recipe.shortest, recipe.longest)
-        random = np.random.default_rng([recipe.seed, len(split)])
-        if count > len(said):
-            raise SystemExit(f"There are {len(said):,} phrases for {split}. Received: {count:,}")
-        for number, chosen in enumerate(random.choice(len(said), count, replace=False)):
-            new = split != "train" and random.random() < 0.5
-            voice = str(random.choice(NEW_VOICES if new else VOICES))
-            speed, pitch, liveliness = (int(random.integers(*span)) for span in ((100, 176), (25, 76), (20, 81)))
-            speech = espeak.say(said[chosen], voice, speed, pitch, liveliness)
-            speech = in_a_room(speech, random.uniform(*recipe.reverberation), espeak.rate, random)
-            speech = with_noise(speech, random.uniform(*recipe.noise), random.uniform(0, 2), random)
-            speech = soxr.resample(speech, espeak.rate, RATE)
-            speech *= random.uniform(0.1, 0.9) / np.abs(speech).max()
-            yield f"{split}/{number:05}.flac", said[chosen], split, voice, speech.astype(np.float32)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as fresh:  # so that it is the same speech each time
+        for split, count in (("train", recipe.train), ("dev", recipe.dev), ("test", recipe.test)):
+            said = phrases([verses[n] for n in parts[split]], recipe.shortest, recipe.longest)
+            random = np.random.default_rng([recipe.seed, len(split)])
+            if count > len(said):
+                raise SystemExit(f"There are {len(said):,} phrases for {split}. Received: {count:,}")
+            for number, chosen in enumerate(random.choice(len(said), count, replace=False)):
+                new = split != "train" and random.random() < 0.5
+                voice = str(random.choice(NEW_VOICES if new else VOICES))
+                speed, pitch, liveliness = (int(random.integers(*span)) for span in ((100, 176), (25, 76), (20, 81)))
+                rate, speech = fresh.submit(_say, said[chosen], voice, speed, pitch, liveliness).result()
+                speech = in_a_room(speech, random.uniform(*recipe.reverberation), rate, random)
+                speech = with_noise(speech, random.uniform(*recipe.noise), random.uniform(0, 2), random)
+                speech = soxr.resample(speech, rate, RATE)
+                speech *= random.uniform(0.1, 0.9) / np.abs(speech).max()
+                yield f"{split}/{number:05}.flac", said[chosen], split, voice, speech.astype(np.float32)
+
+
+@functools.cache
+def _espeak() -> Espeak:
+    return Espeak()
+
+
+def _say(*what: Any) -> tuple[int, np.ndarray]:
+    return _espeak().rate, _espeak().say(*what)

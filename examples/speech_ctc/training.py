@@ -36,6 +36,7 @@ class Settings:
     augment: bool = True
     beam: int | None = None
     seed: int = 0
+    native_loop: bool = False
     evaluate: str = "dev"
     compression: Compression | None = None
 
@@ -85,7 +86,7 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     course = fitting.fit(
         model, batches, epochs=settings.epochs, steps_per_epoch=steps, compression=settings.compression,
         filters=filters, folder=output, settings=facts, console=console,
-        label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}",
+        label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}", native=settings.native_loop,
     )  # fmt: skip
     score, texts = network.character_error_rate(model, features, settings.evaluate, alphabet, settings.beam)
     result = {

@@ -268,32 +268,11 @@ class BlockSparseRNN(keras.layers.RNN):
         cell = self.cell
         if why_unfused(cell) or (training and why_unfused_in_training(cell)):
             return super().inner_loop(sequences, initial_state, mask, training=training)
-        if training and cell.dropout:
-            sequences = sequences * ops.expand_dims(cell.get_dropout_mask(sequences[:, 0, :]), 1)
-        (activation, limit), (recurrent_activation, recurrent_limit) = (
-            native_activation(getattr(cell, name, None)) or ("", 0.0) for name in ("activation", "recurrent_activation")
-        )
-        y, states = block_sparse_rnn(
-            ops.cast(sequences, "float32"),
-            None if mask is None else ops.cast(keras.tree.flatten(mask)[0], "bool"),
-            [ops.cast(state, "float32") for state in keras.tree.flatten(initial_state)],
-            cell.kernel_structure,
-            ops.convert_to_tensor(cell.kernel_values),
-            cell.recurrent_kernel_structure,
-            ops.convert_to_tensor(cell.recurrent_kernel_values),
-            None if cell.bias is None else ops.cast(cell.bias, "float32"),
-            cell=cell.native_name,
-            activation=activation,
-            recurrent_activation=recurrent_activation,
-            activation_limit=limit,
-            recurrent_limit=recurrent_limit,
-            reset_after=getattr(cell, "reset_after", False),
-            go_backwards=self.go_backwards,
-            return_sequences=self.return_sequences,
-            zero_output_for_mask=self.zero_output_for_mask,
-            training=bool(training),
-        )
-        return y, y, states  # last output and all outputs: Keras takes the one that `return_sequences` asks for
+        return run_natively(
+            self, cell.native_name, (cell.kernel_structure, ops.convert_to_tensor(cell.kernel_values)),
+            (cell.recurrent_kernel_structure, ops.convert_to_tensor(cell.recurrent_kernel_values)),
+            sequences, initial_state, mask, training,
+        )  # fmt: skip
 
     def get_config(self) -> dict[str, Any]:
         """The Keras layer's config, and the structures."""
@@ -418,6 +397,49 @@ def not_elementwise(thing: Any) -> str:
         f"{type(thing).__name__} looks at the whole matrix, of which a block-sparse layer has the kept blocks only "
         f"(possible are {known})"
     )
+
+
+def run_natively(
+    layer: Any, name: str, kernel: tuple[BlockStructure, Any], recurrent_kernel: tuple[BlockStructure, Any],
+    sequences: Any, initial_state: Any, mask: Any, training: Any = False,
+) -> tuple[Any, Any, list[Any]]:  # fmt: skip
+    """What `keras.layers.RNN.inner_loop` does, in one native call, for a cell that `why_unfused` has nothing against.
+
+    Args:
+        layer: a recurrent Keras layer, block-sparse or not.
+        name: the native loop's for its cell.
+        kernel: structure and values of the input matrix.
+        recurrent_kernel: those of the recurrent one.
+        sequences: see Keras, as all that follows.
+        initial_state: one state, or a list.
+        mask: bool, or None.
+        training: whether gradients will be asked for.
+    """
+    cell = layer.cell
+    if training and cell.dropout:
+        sequences = sequences * ops.expand_dims(cell.get_dropout_mask(sequences[:, 0, :]), 1)
+    (activation, limit), (recurrent_activation, recurrent_limit) = (
+        native_activation(getattr(cell, name, None)) or ("", 0.0) for name in ("activation", "recurrent_activation")
+    )
+    y, states = block_sparse_rnn(
+        ops.cast(sequences, "float32"),
+        None if mask is None else ops.cast(keras.tree.flatten(mask)[0], "bool"),
+        [ops.cast(state, "float32") for state in keras.tree.flatten(initial_state)],
+        *kernel,
+        *recurrent_kernel,
+        None if cell.bias is None else ops.cast(cell.bias, "float32"),
+        cell=name,
+        activation=activation,
+        recurrent_activation=recurrent_activation,
+        activation_limit=limit,
+        recurrent_limit=recurrent_limit,
+        reset_after=getattr(cell, "reset_after", False),
+        go_backwards=layer.go_backwards,
+        return_sequences=layer.return_sequences,
+        zero_output_for_mask=layer.zero_output_for_mask,
+        training=bool(training),
+    )
+    return y, y, states  # last output and all outputs: Keras takes the one that `return_sequences` asks for
 
 
 def why_unfused(cell: Any) -> str:

@@ -1,6 +1,5 @@
 """The C++ example, compiled and run here: LiteRT without Python, with our delegate and without."""
 
-import shutil
 import subprocess
 
 import pytest
@@ -40,7 +39,8 @@ def test_what_cannot_be_loaded_is_said(machine, program, tmp_path):
     assert "cannot load" in fails(broken, tmp_path / "no.so")
 
 
-@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is not None, reason="the cross compiler is installed")
-def test_missing_tools_are_named(tmp_path):
-    with pytest.raises(SystemExit, match="apt-get install"):
-        check.aarch64(tmp_path)
+@pytest.mark.parametrize("clang", [False, True])
+def test_missing_tools_are_named(tmp_path, monkeypatch, clang):
+    monkeypatch.setattr(check.shutil, "which", lambda tool: None)
+    with pytest.raises(SystemExit, match="g.*-aarch64-linux-gnu and qemu-user.*apt-get install"):
+        check.aarch64(tmp_path, clang)
