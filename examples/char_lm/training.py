@@ -37,6 +37,10 @@ class Settings:
     evaluate: str = "dev"
     compression: Compression | None = None
 
+    def scored(self) -> list[str]:
+        """What to score: dev in any case."""
+        return ["dev", "test"] if self.evaluate == "test" else ["dev"]
+
 
 def train(settings: Settings, output: Path, cache: Path, console: Console) -> tuple[keras.Model, dict[str, Any]]:
     """Trains and scores a network, and writes `model.keras` and `result.json`.
@@ -51,9 +55,8 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
         The model, stripped, and what `result.json` holds.
     """
     corpus = data.load(Path(settings.text) if settings.text else None, settings.characters, cache)
-    scored = {"dev": corpus.dev, "test": corpus.test}[settings.evaluate]
     console.print(
-        f"{len(corpus.train):,} characters to train on, {len(scored):,} to score ({settings.evaluate});"
+        f"{len(corpus.train):,} characters to train on, {len(corpus.dev):,} in dev, {len(corpus.test):,} in test;"
         f" {len(corpus.alphabet)} different ones."
     )
     keras.utils.set_random_seed(settings.seed)
@@ -71,6 +74,7 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
         return windows
 
     facts = dataclasses.asdict(settings)
+    texts = {"dev": corpus.dev, "test": corpus.test}
     course = fitting.fit(
         model, batches, epochs=settings.epochs, steps_per_epoch=len(windows), compression=settings.compression,
         filters=settings.cell, folder=output, settings=facts, console=console,
@@ -79,7 +83,7 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     result = {
         "task": "char_lm",
         "settings": facts,
-        "score": network.bits_per_character(model, scored),
+        "scores": {split: network.bits_per_character(model, texts[split]) for split in settings.scored()},
         "unit": "bits per character",
         **fitting.weights_of(model, settings.cell),
         "course": dataclasses.asdict(course),

@@ -19,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """Options that each training program has."""
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of weights, order and dropout (default: %(default)s)")
-    add("--evaluate", choices=("dev", "test"), default="dev", help="test: once, at the very end (default: %(default)s)")
+    add(
+        "--evaluate",
+        choices=("dev", "test"),
+        default="dev",
+        help="what to score: test, too, once, at the very end (default: %(default)s)",
+    )
     add("--native-loop", action="store_true", help="train on the native loop, quicker on a CPU for small batches")
     add("--threads", type=positive, help="that TensorFlow may use (default: all)")
     add("--output", type=Path, default=Path(output), help="folder for what is written (default: %(default)s)")
@@ -57,8 +62,9 @@ def report(
     import keras_blocksparse as kbs
 
     kept, parameters = result["kept_parameters"], result["parameters"]
+    scores = ", ".join(f"{score:.4f} on {split}" for split, score in result["scores"].items())
     console.print(
-        f"{result['score']:.4f} {result['unit']} on {result['settings']['evaluate']}. {parameters:,} parameters,"
+        f"{result['unit'].capitalize()}: {scores}. {parameters:,} parameters,"
         f" {kept:,} of them kept; recurrent layers {result['sparsity']:.1%} zero."
         f" Trained in {result['course']['seconds']:.0f} s.",
         soft_wrap=True,

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import keras_blocksparse as kbs
-from examples.common.compression import Compression
+from examples.common.compression import Compression, threshold_of
 from examples.common.files import write_json
 from examples.common.native import native_loop
 
@@ -114,15 +114,15 @@ def pruned_layers(model: keras.Model, filters: str) -> list[keras.layers.Layer]:
 
 
 def weights_of(model: keras.Model, filters: str) -> dict[str, Any]:
-    """Counts that a table needs, JSON-able: parameters, those that are not pruned away, sparsity, share by layer."""
+    """Counts that a table needs, JSON-able: parameters, those that are not pruned away, zeros, and the paper's q."""
     layers = pruned_layers(model, filters)
-    sparsity = kbs.sparsity(layers)
     weights = [w for layer in layers for w in layer.trainable_weights if len(w.shape) > 1]
     zeros = sum(int(np.count_nonzero(np.asarray(w) == 0)) for w in weights)
     return {
         "parameters": model.count_params(),
         "kept_parameters": model.count_params() - zeros,
-        "sparsity": sparsity,
+        "sparsity": kbs.sparsity(layers),
+        "q": threshold_of(model, filters),
         "sparsity_by_weight": {w.path: float(np.mean(np.asarray(w) == 0)) for w in weights},
     }
 

@@ -40,6 +40,10 @@ class Settings:
     evaluate: str = "dev"
     compression: Compression | None = None
 
+    def scored(self) -> list[str]:
+        """What to score: dev in any case."""
+        return ["dev", "test"] if self.evaluate == "test" else ["dev"]
+
 
 def train(settings: Settings, output: Path, cache: Path, console: Console) -> tuple[keras.Model, dict[str, Any]]:
     """Trains and scores a network, and writes `model.keras`, `result.json` and `texts.tsv`.
@@ -63,8 +67,8 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     hours = {split: round(features.hours(split), 2) for split in corpora.SPLITS}
     count = len(features.numbers("train"))
     console.print(
-        f"{hours['train']} hours in {count:,} utterances to train on, {hours[settings.evaluate]} hours to score"
-        f" ({settings.evaluate}); {len(alphabet)} characters."
+        f"{hours['train']} hours in {count:,} utterances to train on, {hours['dev']} in dev,"
+        f" {hours['test']} in test; {len(alphabet)} characters."
     )
     keras.utils.set_random_seed(settings.seed)
     model = network.build(
@@ -79,7 +83,7 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
 
     model.compile(
         fitting.optimizer(settings.learning_rate, settings.epochs * max(1, steps), settings.weight_decay),
-        keras.losses.CTC(),
+        network.CTC(),
     )
     facts = dataclasses.asdict(settings)
     filters = f"{settings.cell}_"
@@ -88,11 +92,13 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
         filters=filters, folder=output, settings=facts, console=console,
         label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}", native=settings.native_loop,
     )  # fmt: skip
-    score, texts = network.character_error_rate(model, features, settings.evaluate, alphabet, settings.beam)
+    scores = {}
+    for split in settings.scored():
+        scores[split], texts = network.character_error_rate(model, features, split, alphabet, settings.beam)
     result = {
         "task": "speech_ctc",
         "settings": facts,
-        "score": score,
+        "scores": scores,
         "unit": "character error rate",
         **fitting.weights_of(model, filters),
         "hours": hours,

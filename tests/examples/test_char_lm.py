@@ -107,13 +107,13 @@ def test_smoke(text, tmp_path, capsys):
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["sparsity"] == pytest.approx(0.9, abs=0.02)
     assert result["settings"]["compression"]["block_size"] == [4, 4]
-    assert result["score"] < np.log2(12)  # better than a guess, after a few steps
+    assert result["scores"]["dev"] < np.log2(12)  # better than a guess, after a few steps
     model = keras.saving.load_model(tmp_path / "out/model.keras")
     corpus = data.load(text, 20_000)
-    assert network.bits_per_character(model, corpus.dev) == pytest.approx(result["score"], abs=1e-5)
+    assert network.bits_per_character(model, corpus.dev) == pytest.approx(result["scores"]["dev"], abs=1e-5)
     exports = json.loads((tmp_path / "out/export.json").read_text())
     assert exports["fast"]["fused"]
     assert (tmp_path / "out/masks.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "bits per character on dev" in out
+    assert "Bits per character: " in out
     assert "smaller than dense float32" in out

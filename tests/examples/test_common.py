@@ -172,12 +172,12 @@ def test_a_threshold_is_read_off_the_dense_network(tmp_path):
     how = Compression(block_size=(1, 1), schedule="threshold", q_from=str(tmp_path / "dense.keras"), sparsity=0.5)
     ramp = how._schedule(epochs=10, steps_per_epoch=8)
     weights = np.concatenate([np.asarray(w).ravel() for w in dense.get_layer("gru").trainable_weights[:2]])
-    assert ramp.q["recurrent"] == pytest.approx(np.quantile(np.abs(weights), 0.5), rel=1e-5)
+    assert ramp.q == pytest.approx(np.quantile(np.abs(weights), 0.5), rel=1e-5)
     assert (ramp.begin_step, ramp.ramp_step, ramp.end_step) == (8, 16, 32)
     model = network(seed=1)
     course = fit(model, tmp_path, how, epochs=10)
     assert 0.2 < course.zeros[-1] < 0.8
-    with pytest.raises(SystemExit, match="give --q-from FILE.keras"):
+    with pytest.raises(SystemExit, match="give --q-from FILE.keras, or --q"):
         Compression(schedule="threshold")._schedule(epochs=10, steps_per_epoch=8)
 
 

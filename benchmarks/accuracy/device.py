@@ -1,0 +1,80 @@
+"""Size and latency of the networks that were trained, as files for devices, against the dense one of the same kind."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._report import console, processor
+from benchmarks.accuracy import results
+from benchmarks.accuracy.grid import FOLDER, RESULTS, Run
+from benchmarks.accuracy.running import WORK, folder_of
+
+DEVICE = FOLDER / "device.jsonl"
+#: Time steps of the inference that is timed: two seconds of speech, as many characters.
+STEPS = 200
+REPEATS = 5
+
+
+def measure(runs: Sequence[Run], work: Path = WORK, path: Path = DEVICE, results_path: Path = RESULTS) -> None:
+    """Adds a line to `device.jsonl` for the first seed of each row whose model is at hand and has none yet.
+
+    Raises:
+        SystemExit: no model is there at all.
+    """
+    done = results.of_runs(runs, results.load(results_path))
+    measured = {line["run"] for line in load(path)}
+    here = [
+        run for run in runs if run.name in done and run.seed == 0 and (folder_of(run, work) / "model.keras").exists()
+    ]
+    if not here:
+        raise SystemExit(f"There is no trained model in {work}: python -m benchmarks.accuracy run")
+    for run in here:
+        if run.name in measured:
+            continue
+        line = {"run": run.name, **_measured(folder_of(run, work) / "model.keras"), "cpu": processor()}
+        with path.open("a") as file:
+            file.write(json.dumps(line, sort_keys=True) + "\n")
+        fast = line["fast"]["latency_ms"]
+        console.print(
+            f"{run.name}: {line['stock']['bytes']:,} bytes stock, {line['fast']['bytes']:,} fast; "
+            + ", ".join(f"{name} {ms:.2f} ms" for name, ms in fast.items()),
+            soft_wrap=True,
+        )
+
+
+def load(path: Path = DEVICE) -> list[dict[str, Any]]:
+    """All that were measured."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _measured(model_path: Path) -> dict[str, Any]:
+    import keras
+
+    import keras_blocksparse as kbs
+
+    model = keras.saving.load_model(model_path, compile=False)
+    line: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for target in ("stock", "fast"):
+            reports = [
+                kbs.export_tflite(model, Path(folder) / "model.tflite", target=target, timesteps=STEPS)
+                for _ in range(REPEATS)
+            ]
+            line[target] = {
+                "bytes": reports[0].bytes,
+                "bytes_dense": reports[0].bytes_dense,
+                **{
+                    key: {
+                        name: statistics.median(getattr(report, key)[name] for report in reports)
+                        for name in getattr(reports[0], key)
+                    }
+                    for key in ("latency_ms", "latency_dense_ms")
+                },
+                "runtimes": reports[0].runtimes,
+            }
+    return line

@@ -1,0 +1,102 @@
+"""The grid of trainings as `grid.toml` lists it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+GRID, RESULTS = FOLDER / "grid.toml", FOLDER / "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        network: what is trained, a name in the grid.
+        row: how it is made sparse, a name in the grid.
+        seed: of the training.
+        program: module to run.
+        options: its options on the command line, without the dashes.
+        needs: name of the run whose q this one's threshold is made of.
+    """
+
+    network: str
+    row: str
+    seed: int
+    program: str
+    options: dict[str, Any]
+    needs: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Network, row and seed."""
+        return f"{self.network}/{self.row}/{self.seed}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options as a command line has them."""
+        words = []
+        for option, value in self.options.items():
+            if isinstance(value, bool):
+                words.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                words += [f"--{option}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        return [*words, "--seed", str(self.seed)]
+
+
+def load(path: Path = GRID) -> list[Run]:
+    """The runs, all with the first seed before any with the second, in the order of the file otherwise.
+
+    A row's options are laid over its network's. "$name" stands for the value of that name among the network's
+    `values`; a row of which a network has not all values is not for this network.
+
+    Raises:
+        ValueError: the file names a network or row that it does not have.
+    """
+    grid = tomllib.loads(path.read_text())
+    networks = grid["networks"]
+    runs = []
+    for row in grid["rows"]:
+        if unknown := set(row.get("networks", ())) - set(networks):
+            raise ValueError(f"{path}: row {row['name']!r} is for {sorted(unknown)}, which are no networks of it")
+        for name in row.get("networks", networks):
+            network = networks[name]
+            options = {**network["options"], **_filled(row["options"], network.get("values", {}))}
+            if None in options.values():
+                continue
+            needs = f"{name}/{row['needs']}/0" if "needs" in row else None
+            runs += [Run(name, row["name"], seed, network["program"], options, needs) for seed in range(row["seeds"])]
+    names = [run.name for run in runs]
+    for run in runs:
+        if run.needs is not None and run.needs not in names:
+            raise ValueError(f"{path}: {run.name} needs {run.needs}, which is no run of it")
+        if names.count(run.name) > 1:
+            raise ValueError(f"{path}: {run.name} is there twice")
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def pick(runs: list[Run], only: str | None) -> list[Run]:
+    """Those whose name has the regular expression `only`, and what they need.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    if only is None:
+        return runs
+    picked = {run.name: run for run in runs if re.search(only, run.name)}
+    if not picked:
+        raise SystemExit(f"No run's name has {only!r}. Names are network/row/seed, such as {runs[0].name}")
+    needed = {run.needs for run in picked.values()}
+    return [run for run in runs if run.name in picked or run.name in needed]
+
+
+def _filled(options: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        option: values.get(value[1:]) if isinstance(value, str) and value.startswith("$") else value
+        for option, value in options.items()
+    }

@@ -1,0 +1,147 @@
+"""Pages in docs/results: a table for each network and question, the project's bars, pictures."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._report import Bar, Table, bars_table, console, page, write
+from benchmarks.accuracy import device, pictures, results
+from benchmarks.accuracy.grid import GRID, Run
+from benchmarks.accuracy.summary import Cell, cells
+
+COMMAND = (
+    "python -m benchmarks.accuracy run     # trains what has no result yet\n    python -m benchmarks.accuracy tables"
+)
+LEAD = """\
+Every line is the mean over seeds and, where there is more than one, its standard error. *Relative* is the paper's
+figure, (dense - this) / dense of the score: negative is worse than dense. *Kept* counts what is not pruned away, of all
+parameters; *zero* is the share of zeros in the recurrent layers, which are what is pruned. Settings were chosen on dev;
+test was scored for this page. Files are float32; latencies are those of 200 time steps on one thread, stock files on
+the quickest stock runtime, fast ones with the delegate; in brackets how many times smaller and quicker than the dense
+network's stock file."""
+
+
+def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_path: Path = results.RESULTS) -> None:
+    """Writes a page for each network that has results.
+
+    Args:
+        runs: what the grid holds.
+        output: folder for pages and pictures.
+        grid: the grid's file, which says which tables and bars there are.
+        results_path: results file.
+
+    Raises:
+        SystemExit: there is no result at all.
+    """
+    found = results.of_runs(runs, results.load(results_path))
+    if not found:
+        raise SystemExit(f"There are no results in {results_path}: python -m benchmarks.accuracy run")
+    content = tomllib.loads(grid.read_text())
+    gathered = cells(runs, found)
+    measured = {line["run"]: line for line in device.load()}
+    wanted: dict[tuple[str, str], int] = {}
+    for run in runs:
+        wanted[run.network, run.row] = wanted.get((run.network, run.row), 0) + 1
+    for network, facts in content["networks"].items():
+        of_network = {row: cell for (name, row), cell in gathered.items() if name == network}
+        if "dense" not in of_network:
+            continue
+        asked = [row for (name, row) in wanted if name == network]
+        tables = [bars_table(bars(of_network, content["bars"], network), "Bars")]
+        for table in content["tables"]:
+            rows = [row for row in table["rows"] if row in asked]
+            if len(rows) > 1:
+                tables.append(_table(table, rows, of_network, network, measured))
+        shown = pictures.draw(network, of_network, content["pictures"], output)
+        first = next(iter(of_network["dense"].results))
+        done = sum(len(cell.results) for cell in of_network.values())
+        total = sum(count for (name, _), count in wanted.items() if name == network)
+        line = f"{done} of {total} runs are done. Trained on one core of {_names(of_network, 'cpu')}, " + ", ".join(
+            f"{name} {version}" for name, version in first["versions"].items()
+        )
+        text = page(facts["title"], COMMAND, f"{facts['lead'].strip()}\n\n{LEAD}", line, tables, shown)
+        write(output / f"{network}.md", text)
+        console.print(f"{output / network}.md: {done} of {total} runs")
+
+
+def bars(of_network: dict[str, Cell], asked: Sequence[dict[str, Any]], network: str) -> list[Bar]:
+    """The project's bars for a network, as far as its rows were run."""
+    made = []
+    for bar in asked:
+        if network not in bar["networks"]:
+            continue
+        row, against = (of_network.get(bar[key]) for key in ("row", "against"))
+        gain = None if row is None or against is None else row.gain(against, "test")
+        detail = "" if gain is None or row is None or against is None else f"{gain.percent()}, {_seeds(row)}"
+        if "gain_at_least" in bar:
+            measured, bound, at_most, text = gain and gain.mean, bar["gain_at_least"], False, "gain {}"
+        else:
+            measured, bound, at_most, text = gain and -gain.mean, bar["loss_at_most"], True, "loss {}"
+        made.append(Bar(f"{bar['row']} against {bar['against']}", text, bound, measured, detail, at_most, "%"))
+    return made
+
+
+def _table(
+    table: dict[str, Any], rows: Sequence[str], of_network: dict[str, Cell], network: str, measured: dict[str, Any]
+) -> Table:
+    dense = of_network["dense"]
+    split = table.get("split", "test")
+    unit = dense.results[0]["unit"]
+    columns = ["", "parameters", "kept", "zero", f"{unit}, {split}", "relative"]
+    columns += ["stock file", "its latency", "fast file", "its latency"]
+    made = Table(table["title"], columns, note=table.get("note", "").strip())
+    base = measured.get(f"{network}/dense/0")
+    for row in rows:
+        cell = of_network.get(row)
+        if cell is None:
+            made.rows.append([row, *["not run yet"], *["-"] * (len(columns) - 2)])
+            continue
+        relative = "0" if row == "dense" else cell.gain(dense, split).percent()
+        made.rows.append(
+            [
+                f"{row} ({_seeds(cell)})", _count(cell.mean("parameters")), _count(cell.mean("kept_parameters")),
+                f"{100 * cell.mean('sparsity'):.1f} %", cell.score(split).text(4), relative,
+                *_device(measured.get(f"{network}/{row}/0"), base),
+            ]
+        )  # fmt: skip
+    return made
+
+
+def _device(line: dict[str, Any] | None, base: dict[str, Any] | None) -> list[str]:
+    """Sizes and latencies of both files, the fast one with the delegate, and how far below the dense stock file's."""
+    if line is None:
+        return ["-"] * 4
+    figures = []
+    for target in ("stock", "fast"):
+        kibibytes, ms = _size_and_time(line, target)
+        times = (
+            ["", ""]
+            if base is None
+            else [f" ({b / f:.1f}x)" for b, f in zip(_size_and_time(base, "stock"), (kibibytes, ms), strict=True)]
+        )
+        figures += [f"{kibibytes:,.0f} KiB{times[0]}", f"{ms:.2f} ms{times[1]}"]
+    return figures
+
+
+def _size_and_time(line: dict[str, Any], target: str) -> tuple[float, float]:
+    """KiB, and milliseconds on the quickest runtime that runs the file as it is meant to be run."""
+    delegated = target == "fast"
+    found = line[target]
+    times = [ms for name, ms in found["latency_ms"].items() if name.endswith("with delegate") == delegated]
+    return found["bytes"] / 1024, min(times)
+
+
+def _names(of_network: dict[str, Cell], key: str) -> str:
+    return " and ".join(sorted({result[key] for cell in of_network.values() for result in cell.results}))
+
+
+def _seeds(cell: Cell) -> str:
+    count = len(cell.results)
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1000:,.0f} k"

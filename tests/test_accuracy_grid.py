@@ -1,0 +1,256 @@
+"""The grid of trainings: its file, the runner, and the pages, without any training."""
+
+import json
+import math
+import re
+import sys
+import tomllib
+
+import pytest
+
+from benchmarks.accuracy import grid, results, running, summary, tables
+from benchmarks.accuracy.grid import Run
+
+FILE = """
+[networks.a]
+title = "A"
+lead = "A network."
+program = "program_a"
+options = { cell = "gru", fast = true, slow = false }
+values = { units = 8 }
+[networks.b]
+title = "B"
+lead = "Another."
+program = "program_b"
+options = {}
+
+[[rows]]
+name = "dense"
+seeds = 2
+options = { algorithm = "dense" }
+[[rows]]
+name = "bp"
+needs = "dense"
+seeds = 1
+networks = ["a"]
+options = { algorithm = "bp", block-size = [4, 4] }
+[[rows]]
+name = "wide"
+seeds = 1
+options = { units = "$units" }
+
+[[tables]]
+title = "Table 2"
+rows = ["dense", "bp", "wide"]
+note = "A note."
+[[bars]]
+row = "bp"
+against = "dense"
+loss_at_most = 0.02
+networks = ["a"]
+[[bars]]
+row = "wide"
+against = "dense"
+gain_at_least = 0.05
+networks = ["a"]
+[pictures]
+parameters = { dense = ["dense", "wide"], sparse = ["bp"] }
+sparsity = { bp = ["bp", "dense"] }
+course = { BP = ["bp"] }
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(FILE)
+    return path
+
+
+def outcome(score=1.0, **others):
+    course = {"losses": [3.0, 2.0], "zeros": [0.0, 0.9], "seconds": 60.0, "cpu_seconds": 50.0}
+    return {
+        "scores": {"dev": score, "test": score}, "unit": "errors", "parameters": 2000, "kept_parameters": 500,
+        "sparsity": 0.9, "sparsity_by_weight": {}, "q": 0.25, "course": course, "versions": {"keras": "3"}, **others,
+    }  # fmt: skip
+
+
+def test_all_runs_of_one_seed_come_before_the_next(file):
+    runs = grid.load(file)
+    assert [run.name for run in runs] == ["a/dense/0", "b/dense/0", "a/bp/0", "a/wide/0", "a/dense/1", "b/dense/1"]
+    assert runs[2].needs == "a/dense/0"
+    assert runs[2].arguments == [
+        "--cell", "gru", "--fast", "--no-slow", "--algorithm", "bp", "--block-size", "4", "4", "--seed", "0"
+    ]  # fmt: skip
+    assert "--units 8" in " ".join(runs[3].arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("networks = [\"a\"]\noptions = { algorithm = \"bp\"", "networks = [\"c\"]\noptions = { algorithm = \"bp\""),
+         "row 'bp' is for ['c']"),
+        (('needs = "dense"', 'needs = "thin"'), "a/bp/0 needs a/thin/0"),
+        (('name = "wide"', 'name = "dense"'), "a/dense/0 is there twice"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_makes_no_sense_is_refused(file, change, message):
+    file.write_text(FILE.replace(*change))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grid.load(file)
+
+
+def test_runs_are_picked_by_name_with_what_they_need(file):
+    runs = grid.load(file)
+    assert [run.name for run in grid.pick(runs, "a/bp")] == ["a/dense/0", "a/bp/0"]
+    assert grid.pick(runs, None) == runs
+    with pytest.raises(SystemExit, match="No run's name has 'c/'"):
+        grid.pick(runs, "c/")
+
+
+def test_the_projects_grid_is_one_its_programs_understand():
+    runs = grid.load()
+    content = tomllib.loads(grid.GRID.read_text())
+    rows = {run.row for run in runs}
+    assert rows == {row["name"] for row in content["rows"]}
+    for table in content["tables"]:
+        assert set(table["rows"]) <= rows
+    for bar in content["bars"]:
+        assert {bar["row"], bar["against"]} <= rows
+        assert set(bar["networks"]) <= set(content["networks"])
+    for lines in content["pictures"].values():
+        assert {row for found in lines.values() for row in found} <= rows
+    parsers = {}
+    for program in {run.program for run in runs}:
+        parsers[program] = __import__(f"{program}.__main__", fromlist=["parse_args"]).parse_args
+    for run in runs:
+        extra = [] if run.needs is None else ["--q", "0.1"]
+        parsers[run.program]([*run.arguments, *extra, *running.ALWAYS])
+
+
+class Programs:
+    """Stands for the training programs."""
+
+    def __init__(self, failing=()):
+        self.failing, self.commands = failing, []
+
+    def __call__(self, command, log, core, lock):
+        self.commands.append(command)
+        if any(name in str(log) for name in self.failing):
+            return 1
+        (log.parent / "result.json").write_text(json.dumps(outcome(settings={}, task="x")))
+        return 0
+
+
+def test_what_is_missing_is_run_once_and_thresholds_come_from_the_dense_network(file, tmp_path):
+    runs, programs, path = grid.load(file), Programs(), tmp_path / "results.jsonl"
+    make = lambda: running.Runner(runs, 2, tmp_path / "work", path, programs)  # noqa: E731
+    make().go()
+    assert len(programs.commands) == 6
+    (bp,) = [command for command in programs.commands if "bp" in command]
+    assert bp[:3] == [sys.executable, "-m", "program_a"]
+    assert bp[bp.index("--q") + 1] == "0.25"
+    assert bp[-2:] == ["--output", str(tmp_path / "work/a/bp/0")]
+    lines = results.load(path)
+    assert sorted(line["run"] for line in lines) == sorted(run.name for run in runs)
+    assert all(len(line["commit"].split("+")[0]) == 12 and line["cpu"] for line in lines)
+    make().go()
+    assert len(programs.commands) == 6
+    file.write_text(FILE.replace("units = 8", "units = 9"))
+    changed = running.Runner(grid.load(file), 2, tmp_path / "work", path, programs)
+    changed.go()
+    assert len(programs.commands) == 7
+    assert set(results.of_runs(grid.load(file), results.load(path))) == {run.name for run in runs}
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(file, tmp_path):
+    path = tmp_path / "results.jsonl"
+    runner = running.Runner(grid.load(file), 1, tmp_path / "work", path, Programs(failing=["a/dense/0"]))
+    with pytest.raises(SystemExit, match="2 failed: a/dense/0, a/bp/0"):
+        runner.go()
+    assert {line["run"] for line in results.load(path)} == {"b/dense/0", "a/wide/0", "a/dense/1", "b/dense/1"}
+
+
+def test_two_runners_do_not_do_the_same_work(file, tmp_path):
+    seen = []
+
+    def other(command, log, core, lock):
+        with pytest.raises(SystemExit, match="Another process is running the grid"):
+            running.Runner(grid.load(file), 1, tmp_path / "work", tmp_path / "results.jsonl", Programs()).go()
+        seen.append(lock)
+        return 1
+
+    with pytest.raises(SystemExit, match="6 failed"):
+        running.Runner(grid.load(file), 1, tmp_path / "work", tmp_path / "results.jsonl", other).go()
+    assert seen
+
+
+def test_a_command_is_run_on_its_core_with_its_output_in_the_log(tmp_path):
+    code = "import os, sys; print(os.sched_getaffinity(0), os.environ['TF_CPP_MIN_LOG_LEVEL']); sys.exit(3)"
+    with (tmp_path / "lock").open("w") as lock:
+        assert running.execute([sys.executable, "-c", code], tmp_path / "log.txt", 0, lock.fileno()) == 3
+    assert (tmp_path / "log.txt").read_text() == "{0} 3\n"
+
+
+def test_a_damaged_results_file_is_refused(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"run": "a", "arguments": [], "scores": {}}\n{"run"\n')
+    with pytest.raises(SystemExit, match="results.jsonl:2 is no result"):
+        results.load(path)
+
+
+def test_figures_are_means_with_standard_errors():
+    dense = summary.Cell("a", "dense", [outcome(score) for score in (1.0, 1.2, 1.1)])
+    sparse = summary.Cell("a", "bp", [outcome(score) for score in (1.2, 1.3)])
+    assert dense.score("test").mean == pytest.approx(1.1)
+    assert dense.score("test").error == pytest.approx(0.1 / math.sqrt(3))
+    assert dense.score("dev").text(2) == "1.10 ± 0.06"
+    gain = sparse.gain(dense, "test")
+    assert gain.mean == pytest.approx((1.1 - 1.25) / 1.1)
+    assert gain.error == pytest.approx(1.25 / 1.1 * math.hypot(0.05 / 1.25, 0.1 / math.sqrt(3) / 1.1))
+    assert gain.percent().startswith("-13.6 ± ")
+    assert summary.Figure.of([2.0]).text(1) == "2.0"
+
+
+def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables.device, "load", lambda: [])
+    runs, path = grid.load(file), tmp_path / "results.jsonl"
+    with pytest.raises(SystemExit, match="There are no results"):
+        tables.write_pages(runs, tmp_path / "docs", file, path)
+    scores = {"a/dense/0": 1.0, "a/dense/1": 1.2, "a/bp/0": 1.11}
+    for run in runs:
+        if run.name in scores:
+            results.append(
+                outcome(scores[run.name]) | {"run": run.name, "arguments": run.arguments, "cpu": "a processor"}, path
+            )
+    results.append(outcome(9.0) | {"run": "a/wide/0", "arguments": ["--other"], "cpu": "a processor"}, path)
+    tables.write_pages(runs, tmp_path / "docs", file, path)
+    text = (tmp_path / "docs/a.md").read_text()
+    assert "3 of 4 runs are done" in text
+    assert "| bp (1 seed) | 2 k | 0 k | 90.0 % | 1.1100 | -0.9 % |" in text.replace("0.5 k", "0 k")
+    assert "| dense (2 seeds) | 2 k | 0 k | 90.0 % | 1.1000 ± 0.1000 | 0 |" in text
+    assert "| wide | not run yet |" in text
+    assert "| bp against dense | loss <= 2% | 0.909% |" in text
+    assert "| wide against dense | gain >= 5% | not measured |" in text
+    assert (tmp_path / "docs/a-course.svg").exists()
+    assert not (tmp_path / "docs/a-parameters.svg").exists()
+    assert not (tmp_path / "docs/b.md").exists()
+
+
+def test_sizes_and_latencies_are_against_the_dense_networks_stock_file(file, tmp_path):
+    def line(stock, fast, ms, fast_ms):
+        latency = {"latency_ms": {"tf.lite": ms, "ai_edge_litert": ms + 1}}
+        fast_latency = {"latency_ms": {"tf.lite": 0.1, "tf.lite with delegate": fast_ms}}
+        return {"stock": {"bytes": stock, **latency}, "fast": {"bytes": fast, **fast_latency}}
+
+    base, sparse = line(10240, 10240, 8.0, 9.0), line(2048, 1024, 4.0, 0.5)
+    assert tables._device(sparse, base) == ["2 KiB (5.0x)", "4.00 ms (2.0x)", "1 KiB (10.0x)", "0.50 ms (16.0x)"]
+    assert tables._device(sparse, None)[1] == "4.00 ms"
+    assert tables._device(None, base) == ["-"] * 4
+
+
+def test_a_run_is_json_in_one_line():
+    run = Run("a", "b c", 1, "p", {})
+    assert run.name == "a/b c/1"
+    assert running.folder_of(run, grid.FOLDER).name == "1"
+    assert " " not in str(running.folder_of(run).relative_to(running.WORK))
