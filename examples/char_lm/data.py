@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import keras
 import numpy as np
+import tensorflow as tf
 
 from examples.common import bible
 from examples.common.packages import CACHE
@@ -79,42 +80,44 @@ def parts_of(text: Path) -> list[str]:
     return parts
 
 
-class Windows(keras.utils.PyDataset):
-    """Windows of a text in random order, from another first character in each epoch.
+def windows_in(text: np.ndarray, length: int) -> int:
+    """How many windows an epoch has."""
+    return (len(text) - 1) // length - 1
+
+
+def epoch_of(text: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
+    """The first characters of an epoch's windows, in random order, the same for the same seed and epoch."""
+    random = np.random.default_rng([seed, epoch])
+    return random.integers(length) + length * random.permutation(windows_in(text, length))
+
+
+def training_batches(text: np.ndarray, batch: int, length: int, seed: int, first_epoch: int = 0) -> tf.data.Dataset:
+    """Batches `(characters, next characters)` without end, both `int32[batch, length]`.
+
+    What does not fill a batch waits for another epoch.
 
     Args:
         text: `int32[characters]`.
-        batch: windows in a batch; what does not fill a batch waits for another epoch.
+        batch: windows in a batch.
         length: characters of a window that are guessed.
         seed: with the epoch, gives the order.
+        first_epoch: the epoch to begin with.
+
+    Raises:
+        SystemExit: the text is too short for a batch.
     """
+    if windows_in(text, length) < batch:
+        raise SystemExit(f"Expected a text of at least {(batch + 2) * length} characters. Received: {len(text)}")
 
-    def __init__(self, text: np.ndarray, batch: int, length: int, seed: int) -> None:
-        super().__init__()
-        self.text, self.batch, self.length, self.seed = text, batch, length, seed
-        self.count = (len(text) - 1) // length - 1
-        if self.count < batch:
-            raise ValueError(f"Expected a text of at least {(batch + 2) * length} characters. Received: {len(text)}")
-        self.epoch = 0
-        self.start_epoch(0)
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for epoch in itertools.count(first_epoch):
+            starts = epoch_of(text, length, seed, epoch)
+            for first in range(0, len(starts) - batch + 1, batch):
+                windows = text[starts[first : first + batch, None] + np.arange(length + 1)]
+                yield windows[:, :-1], windows[:, 1:]
 
-    def start_epoch(self, epoch: int) -> None:
-        """Takes the order of `epoch`: the same one whenever it is asked for, so that training can be resumed."""
-        random = np.random.default_rng([self.seed, epoch])
-        self.epoch = epoch
-        self.starts = random.integers(self.length) + self.length * random.permutation(self.count)
-
-    def __len__(self) -> int:
-        return self.count // self.batch
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        starts = self.starts[index * self.batch : (index + 1) * self.batch]
-        windows = self.text[starts[:, None] + np.arange(self.length + 1)]
-        return windows[:, :-1], windows[:, 1:]
-
-    def on_epoch_end(self) -> None:
-        """Keras calls this."""
-        self.start_epoch(self.epoch + 1)
+    spec = tf.TensorSpec([batch, length], tf.int32)
+    return tf.data.Dataset.from_generator(batches, output_signature=(spec, spec)).prefetch(4)
 
 
 def scored_windows(text: np.ndarray, length: int = 250, batch: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -63,20 +63,19 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     model = network.build(
         len(corpus.alphabet), settings.cell, settings.units, settings.layers, settings.embedding, settings.dropout
     )
-    windows = data.Windows(corpus.train, settings.batch, settings.length, settings.seed)
+    steps = data.windows_in(corpus.train, settings.length) // settings.batch
     model.compile(
-        fitting.optimizer(settings.learning_rate, settings.epochs * len(windows), settings.weight_decay),
+        fitting.optimizer(settings.learning_rate, settings.epochs * max(1, steps), settings.weight_decay),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
 
-    def batches(first_epoch: int) -> data.Windows:
-        windows.start_epoch(first_epoch)
-        return windows
+    def batches(first_epoch: int) -> Any:
+        return data.training_batches(corpus.train, settings.batch, settings.length, settings.seed, first_epoch)
 
     facts = dataclasses.asdict(settings)
     texts = {"dev": corpus.dev, "test": corpus.test}
     course = fitting.fit(
-        model, batches, epochs=settings.epochs, steps_per_epoch=len(windows), compression=settings.compression,
+        model, batches, epochs=settings.epochs, steps_per_epoch=steps, compression=settings.compression,
         filters=settings.cell, folder=output, settings=facts, console=console,
         label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}", native=settings.native_loop,
     )  # fmt: skip
@@ -91,4 +90,5 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     }
     model.save(output / "model.keras")
     write_json(output / "result.json", result)
+    fitting.forget(output)
     return model, result

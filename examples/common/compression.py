@@ -125,7 +125,7 @@ def threshold_of(model: keras.Model, filters: str, sparsity: float = 0.9) -> flo
     """The paper's q: `sparsity` of the weights of a trained dense network's recurrent layers are smaller."""
     import keras_blocksparse as kbs
 
-    q = kbs.ThresholdRamp.from_dense(model, sparsity=sparsity, filters=filters).q
+    q = kbs.ThresholdRamp.from_dense(model, sparsity=sparsity, filters=filters, end_step=1).q
     assert isinstance(q, dict)
     return q["recurrent"]
 

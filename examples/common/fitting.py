@@ -64,6 +64,8 @@ def fit(
 ) -> Course:
     """Trains a compiled model, from where an earlier call with the same settings was stopped, and strips it.
 
+    Call `forget` when all that is made of the model is written: until then, nothing has to be trained again.
+
     Args:
         model: built and compiled.
         data: gives what `model.fit` takes, for a training that begins with the epoch given (counted from 0).
@@ -102,8 +104,12 @@ def fit(
         if compression.schedule == "cut":
             kbs.Pruner(model).prune_now(compression.sparsity)
         kbs.strip_pruning(model)
-    state.forget()
     return course
+
+
+def forget(folder: Path) -> None:
+    """Deletes the state of a training whose results are written."""
+    shutil.rmtree(folder / "unfinished")
 
 
 def pruned_layers(model: keras.Model, filters: str) -> list[keras.layers.Layer]:
@@ -168,10 +174,6 @@ class _State:
         for path in older:
             if path != self._weights(course):
                 path.unlink()
-
-    def forget(self) -> None:
-        """Deletes it: the training is over."""
-        shutil.rmtree(self.folder)
 
     def _weights(self, course: Course) -> Path:
         return self.folder / f"{len(course.losses)}.weights.h5"

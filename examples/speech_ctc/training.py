@@ -110,6 +110,7 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     model.save(output / "model.keras")
     replace(output / "texts.tsv", "".join(f"{said}\t{heard}\n" for said, heard in texts).encode())
     write_json(output / "result.json", result)
+    fitting.forget(output)
     for said, heard in texts[:: max(1, len(texts) // 3)][:3]:
         console.print(f"  said   {said}\n  heard  {heard}", highlight=False, markup=False)
     return model, result

@@ -54,20 +54,20 @@ def test_too_short_a_text_is_refused(tmp_path):
 
 def test_windows_are_each_epochs_own_and_the_same_when_resumed():
     text = np.arange(1000, dtype=np.int32)
-    windows = data.Windows(text, batch=4, length=20, seed=1)
-    x, y = windows[0]
-    assert x.shape == y.shape == (4, 20)
-    np.testing.assert_array_equal(x + 1, y)
-    windows.on_epoch_end()
-    second = windows[0][0]
-    assert not np.array_equal(x, second)
-    resumed = data.Windows(text, batch=4, length=20, seed=1)
-    resumed.start_epoch(1)
-    np.testing.assert_array_equal(resumed[0][0], second)
-    starts = np.concatenate([windows[n][0][:, 0] for n in range(len(windows))])
-    assert len(set(starts.tolist())) == len(starts) == 48
-    with pytest.raises(ValueError, match="at least 120 characters. Received: 100"):
-        data.Windows(text[:100], batch=4, length=20, seed=0)
+    steps = data.windows_in(text, 20) // 4
+    batches = list(data.training_batches(text, 4, 20, seed=1).take(2 * steps).as_numpy_iterator())
+    for x, y in batches:
+        assert x.shape == y.shape == (4, 20)
+        np.testing.assert_array_equal(x + 1, y)
+    first, second = batches[:steps], batches[steps:]
+    for epoch in (first, second):
+        starts = np.concatenate([x[:, 0] for x, _ in epoch])
+        assert len(set(starts.tolist())) == len(starts) == 48
+    assert not np.array_equal(first[0][0], second[0][0])
+    resumed = next(data.training_batches(text, 4, 20, seed=1, first_epoch=1).as_numpy_iterator())
+    np.testing.assert_array_equal(resumed[0], second[0][0])
+    with pytest.raises(SystemExit, match="at least 120 characters. Received: 100"):
+        data.training_batches(text[:100], 4, 20, seed=0)
 
 
 def test_every_scored_character_is_scored_once_with_context():

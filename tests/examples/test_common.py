@@ -162,6 +162,12 @@ def test_a_network_ends_as_sparse_as_it_was_asked_for_and_stripped(tmp_path, how
     assert counts["sparsity"] == pytest.approx(0.75, abs=0.01)
     assert counts["kept_parameters"] == model.count_params() - zeros
     assert model.get_layer("gru").cell.kernel.constraint is None
+    # What is killed before its results are written finds everything trained.
+    again = network(seed=1)
+    assert fit(again, tmp_path, how).losses == course.losses
+    for a, b in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    fitting.forget(tmp_path)
     assert not (tmp_path / "unfinished").exists()
 
 
@@ -175,7 +181,7 @@ def test_a_threshold_is_read_off_the_dense_network(tmp_path):
     assert ramp.q == pytest.approx(np.quantile(np.abs(weights), 0.5), rel=1e-5)
     assert (ramp.begin_step, ramp.ramp_step, ramp.end_step) == (8, 16, 32)
     model = network(seed=1)
-    course = fit(model, tmp_path, how, epochs=10)
+    course = fit(model, tmp_path / "sparse", how, epochs=10)
     assert 0.2 < course.zeros[-1] < 0.8
     with pytest.raises(SystemExit, match="give --q-from FILE.keras, or --q"):
         Compression(schedule="threshold")._schedule(epochs=10, steps_per_epoch=8)
