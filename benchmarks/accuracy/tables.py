@@ -76,10 +76,10 @@ def bars(of_network: dict[str, Cell], asked: Sequence[dict[str, Any]], network: 
         row, against = (of_network.get(bar[key]) for key in ("row", "against"))
         gain = None if row is None or against is None else row.gain(against, "test")
         detail = "" if gain is None or row is None or against is None else f"{gain.percent()}, {_seeds(row)}"
-        if "gain_at_least" in bar:
-            measured, bound, at_most, text = gain and gain.mean, bar["gain_at_least"], False, "gain {}"
-        else:
-            measured, bound, at_most, text = gain and -gain.mean, bar["loss_at_most"], True, "loss {}"
+        kind, bound = next((key, value) for key, value in bar.items() if key.endswith(("_at_least", "_at_most")))
+        what, _, side = kind.partition("_")
+        measured = None if gain is None else gain.mean if what == "gain" else -gain.mean
+        at_most, text = side == "at_most", what + " {}"
         made.append(Bar(f"{bar['row']} against {bar['against']}", text, bound, measured, detail, at_most, "%"))
     return made
 
