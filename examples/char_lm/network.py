@@ -6,13 +6,12 @@ import keras
 import numpy as np
 
 from examples.char_lm.data import CONTEXT, scored_windows
+from examples.common.student import Student
 
 CELLS = {"gru": keras.layers.GRU, "lstm": keras.layers.LSTM}
 
 
-def build(
-    alphabet: int, cell: str, units: int, layers: int = 1, embedding: int = 64, dropout: float = 0.0
-) -> keras.Model:
+def build(alphabet: int, cell: str, units: int, layers: int = 1, embedding: int = 64, dropout: float = 0.0) -> Student:
     """A character language model: embedding, recurrent layers, logits of the next character.
 
     Args:
@@ -28,7 +27,7 @@ def build(
     for n in range(layers):
         x = CELLS[cell](units, return_sequences=True, name=f"{cell}_{n + 1}")(x)
         x = keras.layers.Dropout(dropout, name=f"dropout_{n + 1}")(x)
-    return keras.Model(inputs, keras.layers.Dense(alphabet, name="next")(x), name="char_lm")
+    return Student(inputs, keras.layers.Dense(alphabet, name="next")(x), name="char_lm")
 
 
 def bits_per_character(model: keras.Model, text: np.ndarray) -> float:

@@ -12,34 +12,17 @@ from rich.console import Console
 
 from examples.char_lm import data, network
 from examples.common import fitting
-from examples.common.compression import Compression
 from examples.common.files import write_json
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(fitting.Settings):
     """What a training is asked to be. See `python -m examples.char_lm --help`."""
 
-    text: str | None = None
-    characters: int | None = 400_000
-    cell: str = "gru"
-    units: int = 384
-    layers: int = 1
-    embedding: int = 64
-    dropout: float = 0.0
-    epochs: int = 12
-    batch: int = 32
-    length: int = 100
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.0
-    seed: int = 0
-    native_loop: bool = False
-    evaluate: str = "dev"
-    compression: Compression | None = None
-
-    def scored(self) -> list[str]:
-        """What to score: dev in any case."""
-        return ["dev", "test"] if self.evaluate == "test" else ["dev"]
+    text: str | None
+    characters: int | None
+    embedding: int
+    length: int
 
 
 def train(settings: Settings, output: Path, cache: Path, console: Console) -> tuple[keras.Model, dict[str, Any]]:
@@ -64,24 +47,17 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
         len(corpus.alphabet), settings.cell, settings.units, settings.layers, settings.embedding, settings.dropout
     )
     steps = data.windows_in(corpus.train, settings.length) // settings.batch
-    model.compile(
-        fitting.optimizer(settings.learning_rate, settings.epochs * max(1, steps), settings.weight_decay),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
 
     def batches(first_epoch: int) -> Any:
         return data.training_batches(corpus.train, settings.batch, settings.length, settings.seed, first_epoch)
 
-    facts = dataclasses.asdict(settings)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    course = fitting.fit(model, loss, batches, steps, settings.cell, settings, output, console)
+    model = model.plain()
     texts = {"dev": corpus.dev, "test": corpus.test}
-    course = fitting.fit(
-        model, batches, epochs=settings.epochs, steps_per_epoch=steps, compression=settings.compression,
-        filters=settings.cell, folder=output, settings=facts, console=console,
-        label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}", native=settings.native_loop,
-    )  # fmt: skip
     result = {
         "task": "char_lm",
-        "settings": facts,
+        "settings": dataclasses.asdict(settings),
         "scores": {split: network.bits_per_character(model, texts[split]) for split in settings.scored()},
         "unit": "bits per character",
         **fitting.weights_of(model, settings.cell),

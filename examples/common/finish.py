@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from examples.common.arguments import positive
 from examples.common.files import write_json
 
 if TYPE_CHECKING:
     import keras
-
-
-def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """Options that each training program has."""
-    add = parser.add_argument
-    add("--seed", type=int, default=0, help="of weights, order and dropout (default: %(default)s)")
-    add(
-        "--evaluate",
-        choices=("dev", "test"),
-        default="dev",
-        help="what to score: test, too, once, at the very end (default: %(default)s)",
-    )
-    add("--native-loop", action="store_true", help="train on the native loop, quicker on a CPU for small batches")
-    add("--threads", type=positive, help="that TensorFlow may use (default: all)")
-    add("--output", type=Path, default=Path(output), help="folder for what is written (default: %(default)s)")
-    add(
-        "--export", action=argparse.BooleanOptionalAction, default=True,
-        help="write and time .tflite files (default: %(default)s)",
-    )  # fmt: skip
 
 
 def set_threads(threads: int | None) -> None:

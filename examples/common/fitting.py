@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import keras_blocksparse as kbs
-from examples.common.compression import Compression, threshold_of
+from examples.common.compression import threshold_of
 from examples.common.files import write_json
 from examples.common.native import native_loop
+from examples.common.settings import Settings
+from examples.common.student import Student
 
 
 @dataclass
@@ -39,52 +41,55 @@ class Course:
     cpu_seconds: float = 0.0
 
 
-def optimizer(learning_rate: float, steps: int, weight_decay: float = 0.0) -> keras.optimizers.Optimizer:
+def optimizer(settings: Settings, steps: int) -> keras.optimizers.Optimizer:
     """AdamW, clipped by norm; the learning rate rises for 5 % of the steps and falls to 0 by a cosine."""
     warmup = max(1, steps // 20)
     rates = keras.optimizers.schedules.CosineDecay(
-        learning_rate / 10, max(1, steps - warmup), warmup_target=learning_rate, warmup_steps=warmup
+        settings.learning_rate / 10, max(1, steps - warmup), warmup_target=settings.learning_rate, warmup_steps=warmup
     )
-    return keras.optimizers.AdamW(rates, weight_decay=weight_decay, clipnorm=1.0)
+    return keras.optimizers.AdamW(rates, weight_decay=settings.weight_decay, clipnorm=1.0)
 
 
 def fit(
-    model: keras.Model,
+    model: Student,
+    loss: keras.losses.Loss,
     data: Callable[[int], Any],
-    *,
-    epochs: int,
     steps_per_epoch: int,
-    compression: Compression | None,
     filters: str,
+    settings: Settings,
     folder: Path,
-    settings: dict[str, Any],
     console: Console,
-    label: str,
-    native: bool = False,
 ) -> Course:
-    """Trains a compiled model, from where an earlier call with the same settings was stopped, and strips it.
+    """Trains a model, from where an earlier call with the same settings was stopped, and strips it.
 
     Call `forget` when all that is made of the model is written: until then, nothing has to be trained again.
 
     Args:
-        model: built and compiled.
+        model: built.
+        loss: to train by.
         data: gives what `model.fit` takes, for a training that begins with the epoch given (counted from 0).
-        epochs: of the whole training.
         steps_per_epoch: updates in an epoch.
-        compression: how to prune; `None` for a dense network.
         filters: regex of the layers to prune.
+        settings: what the training is asked to be. A state that was left by others is refused.
         folder: where the state of an unfinished training is kept.
-        settings: what the training is asked to be, JSON-able: a state that was left by others is refused.
         console: where progress is shown.
-        label: what progress is called.
-        native: whether the layers to prune are trained on the native loop, see `native_loop`.
 
     Raises:
-        SystemExit: `folder` holds the state of a training with other settings.
+        SystemExit: `folder` holds the state of a training with other settings, or a file to begin with or to learn from
+            is of another network.
     """
+    epochs, compression, label = settings.epochs, settings.compression, settings.label
+    model.compile(optimizer(settings, epochs * max(1, steps_per_epoch)), loss)
+    layers = pruned_layers(model, filters)
+    if settings.start_from is not None:
+        _start_from(model, settings.start_from)
+    if settings.teacher is not None:
+        teacher = keras.saving.load_model(settings.teacher, compile=False)
+        model.teach(teacher, settings.teacher_share)
+        layers += pruned_layers(teacher, filters)
     if compression is not None:
         compression.prune(model, filters, epochs, steps_per_epoch)
-    state = _State(folder / "unfinished", settings)
+    state = _State(folder / "unfinished", dataclasses.asdict(settings))
     course = state.restore(model)
     if first := len(course.losses):
         console.print(f"{label}: going on after epoch {first}")
@@ -95,7 +100,7 @@ def fit(
     ]
     if compression is not None:
         callbacks.insert(0, kbs.UpdatePruningStep())
-    with native_loop(pruned_layers(model, filters) if native else []):
+    with native_loop(layers if settings.native_loop else []):
         model.fit(
             data(first), initial_epoch=first, epochs=epochs, steps_per_epoch=steps_per_epoch, shuffle=False, verbose=0,
             callbacks=callbacks,
@@ -105,6 +110,14 @@ def fit(
             kbs.Pruner(model).prune_now(compression.sparsity)
         kbs.strip_pruning(model)
     return course
+
+
+def _start_from(model: keras.Model, path: str) -> None:
+    weights = keras.saving.load_model(path, compile=False).get_weights()
+    shapes, own = [w.shape for w in weights], [tuple(w.shape) for w in model.weights]
+    if shapes != own:
+        raise SystemExit(f"--start-from: {path} is of another network: its weights are {shapes}, expected {own}")
+    model.set_weights(weights)
 
 
 def forget(folder: Path) -> None:
@@ -120,7 +133,7 @@ def pruned_layers(model: keras.Model, filters: str) -> list[keras.layers.Layer]:
 
 
 def weights_of(model: keras.Model, filters: str) -> dict[str, Any]:
-    """Counts that a table needs, JSON-able: parameters, those that are not pruned away, zeros, and the paper's q."""
+    """Counts that a table needs, JSON-able; q, the paper's threshold, of a dense network only."""
     layers = pruned_layers(model, filters)
     weights = [w for layer in layers for w in layer.trainable_weights if len(w.shape) > 1]
     zeros = sum(int(np.count_nonzero(np.asarray(w) == 0)) for w in weights)
@@ -128,7 +141,7 @@ def weights_of(model: keras.Model, filters: str) -> dict[str, Any]:
         "parameters": model.count_params(),
         "kept_parameters": model.count_params() - zeros,
         "sparsity": kbs.sparsity(layers),
-        "q": threshold_of(model, filters),
+        "q": None if zeros else threshold_of(model, filters),
         "sparsity_by_weight": {w.path: float(np.mean(np.asarray(w) == 0)) for w in weights},
     }
 

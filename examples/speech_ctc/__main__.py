@@ -5,13 +5,11 @@ Settings are chosen on dev, which is what is scored unless --evaluate test is gi
 """
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
-from examples.common import compression, finish
-from examples.common.arguments import positive, share
-from examples.common.packages import CACHE
+from examples.common import finish, settings
+from examples.common.arguments import positive
 from examples.common.quiet import quiet
 
 SMOKE = {
@@ -35,22 +33,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", default="kjv", help=DATA)
     add("--phrases", type=positive, default=1800, help="of kjv to train on, 3 seconds each (default: %(default)s)")
     add("--max-seconds", type=float, default=20.0, help="longer utterances are skipped (default: %(default)s)")
-    add(
-        "--cell", choices=("gru", "rnn"), default="gru", help="forward GRU, or bidirectional RNN (default: %(default)s)"
-    )
-    add("--units", type=positive, default=256, help="of each recurrent layer (default: %(default)s)")
-    add("--layers", type=positive, default=3, help="recurrent layers (default: %(default)s)")
     add("--channels", type=positive, default=128, help="of the convolutions (default: %(default)s)")
-    add("--dropout", type=share, default=0.1, help="of the recurrent layers' outputs (default: %(default)s)")
-    add("--epochs", type=positive, default=15, help="(default: %(default)s)")
-    add("--batch", type=positive, default=16, help="utterances in a batch (default: %(default)s)")
-    add("--learning-rate", type=float, default=2e-3, help="of AdamW, at its highest (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.0, help="of AdamW (default: %(default)s)")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="SpecAugment (default: %(default)s)")
     add("--beam", type=positive, help="score by a beam search of this width (default: the best path)")
-    compression.add_arguments(parser)
-    finish.add_arguments(parser, output="speech_ctc_output")
-    add("--cache", type=Path, default=CACHE, help="folder for data and features (default: %(default)s)")
+    settings.add_arguments(
+        parser, cells=("gru", "rnn"), units=256, layers=3, dropout=0.1, epochs=15, batch=16, learning_rate=2e-3,
+        output="speech_ctc_output",
+    )  # fmt: skip
     chosen, _ = parser.parse_known_args(argv)
     if chosen.preset == "smoke":
         parser.set_defaults(**SMOKE)
@@ -60,19 +49,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the whole way."""
     args = parse_args(argv)
-    how = compression.from_arguments(args)
     console = Console()
     with quiet():  # after the arguments are read, so that --help need not wait for TensorFlow
         finish.set_threads(args.threads)
         from examples.speech_ctc import training
 
-    settings = training.Settings(
-        data=args.data, phrases=args.phrases, max_seconds=args.max_seconds, cell=args.cell, units=args.units,
-        layers=args.layers, channels=args.channels, dropout=args.dropout, epochs=args.epochs, batch=args.batch,
-        learning_rate=args.learning_rate, weight_decay=args.weight_decay, augment=args.augment, beam=args.beam,
-        seed=args.seed, native_loop=args.native_loop, evaluate=args.evaluate, compression=how,
-    )  # fmt: skip
-    model, result = training.train(settings, args.output, args.cache, console)
+    asked = training.Settings.from_arguments(args)
+    model, result = training.train(asked, args.output, args.cache, console)
     finish.report(model, result, args.output, console, export=args.export, timesteps=400)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
+from examples.common.student import Student
 from examples.speech_ctc.features import MELS, SUBSAMPLING, Features
 from examples.speech_ctc.pipeline import BLANK, scored_batches
 
@@ -14,9 +15,7 @@ from examples.speech_ctc.pipeline import BLANK, scored_batches
 LOOKAHEAD = 10
 
 
-def build(
-    alphabet: int, cell: str, units: int, depth: int = 3, channels: int = 128, dropout: float = 0.0
-) -> keras.Model:
+def build(alphabet: int, cell: str, units: int, depth: int = 3, channels: int = 128, dropout: float = 0.0) -> Student:
     """A network from log-mel frames `float32[batch, time, 64]` to logits `[batch, ceil(time / 4), 1 + alphabet]`.
 
     "gru" is two convolutions, forward GRU layers and a lookahead convolution (Deep Speech 2, Amodei et al. 2016,
@@ -50,7 +49,9 @@ def build(
     if cell == "gru":
         x = layers.ZeroPadding1D((0, LOOKAHEAD), name="future")(x)
         x = layers.DepthwiseConv1D(LOOKAHEAD + 1, activation="relu", name="lookahead")(x)
-    return keras.Model(inputs, layers.Dense(1 + alphabet, name="character")(x), name="speech_ctc")
+    model = Student(inputs, layers.Dense(1 + alphabet, name="character")(x), name="speech_ctc")
+    model.sums = True
+    return model
 
 
 class CTC(keras.losses.Loss):

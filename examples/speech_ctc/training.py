@@ -11,38 +11,21 @@ import keras
 from rich.console import Console
 
 from examples.common import fitting
-from examples.common.compression import Compression
 from examples.common.files import replace, write_json
 from examples.speech_ctc import corpora, network, pipeline, synthesis
 from examples.speech_ctc.features import extract
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(fitting.Settings):
     """What a training is asked to be. See `python -m examples.speech_ctc --help`."""
 
-    data: str = "kjv"
-    phrases: int = 1800
-    max_seconds: float = 20.0
-    cell: str = "gru"
-    units: int = 256
-    layers: int = 3
-    channels: int = 128
-    dropout: float = 0.1
-    epochs: int = 15
-    batch: int = 16
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
-    augment: bool = True
-    beam: int | None = None
-    seed: int = 0
-    native_loop: bool = False
-    evaluate: str = "dev"
-    compression: Compression | None = None
-
-    def scored(self) -> list[str]:
-        """What to score: dev in any case."""
-        return ["dev", "test"] if self.evaluate == "test" else ["dev"]
+    data: str
+    phrases: int
+    max_seconds: float
+    channels: int
+    augment: bool
+    beam: int | None
 
 
 def train(settings: Settings, output: Path, cache: Path, console: Console) -> tuple[keras.Model, dict[str, Any]]:
@@ -81,23 +64,15 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
             features, alphabet, settings.batch, settings.seed, first_epoch, settings.augment
         )
 
-    model.compile(
-        fitting.optimizer(settings.learning_rate, settings.epochs * max(1, steps), settings.weight_decay),
-        network.CTC(),
-    )
-    facts = dataclasses.asdict(settings)
     filters = f"{settings.cell}_"
-    course = fitting.fit(
-        model, batches, epochs=settings.epochs, steps_per_epoch=steps, compression=settings.compression,
-        filters=filters, folder=output, settings=facts, console=console,
-        label=f"{settings.cell.upper()}({settings.units}), seed {settings.seed}", native=settings.native_loop,
-    )  # fmt: skip
+    course = fitting.fit(model, network.CTC(), batches, steps, filters, settings, output, console)
+    model = model.plain()
     scores = {}
     for split in settings.scored():
         scores[split], texts = network.character_error_rate(model, features, split, alphabet, settings.beam)
     result = {
         "task": "speech_ctc",
-        "settings": facts,
+        "settings": dataclasses.asdict(settings),
         "scores": scores,
         "unit": "character error rate",
         **fitting.weights_of(model, filters),

@@ -9,13 +9,15 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from rich.console import Console
 
 import keras_blocksparse as kbs
-from examples.common import bible, compression, fitting, packages
+from examples.common import bible, compression, fitting, packages, settings
 from examples.common.arguments import densities, positive, share
 from examples.common.compression import Compression
 from examples.common.packages import Package
+from examples.common.student import Student
 
 CONTENT = b"some data"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -121,11 +123,10 @@ def test_settings_that_make_no_sense_are_refused(argv, message):
         parse(*argv)
 
 
-def network(seed=0):
+def network(seed=0, units=32):
     keras.utils.set_random_seed(seed)
-    model = keras.Sequential([keras.Input((5, 8)), keras.layers.GRU(32, name="gru"), keras.layers.Dense(2)])
-    model.compile(fitting.optimizer(1e-2, 40), "mse")
-    return model
+    inputs = keras.Input((5, 8))
+    return Student(inputs, keras.layers.Dense(2)(keras.layers.GRU(units, name="gru")(inputs)))
 
 
 def samples(count=64):
@@ -133,15 +134,16 @@ def samples(count=64):
     return random.normal(size=(count, 5, 8)).astype("float32"), random.normal(size=(count, 2)).astype("float32")
 
 
-def fit(model, folder, how, settings=None, data=None, epochs=5):
+def fit(model, folder, how, data=None, epochs=5, **others):
     x, y = samples()
-    import tensorflow as tf
-
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat()
-    return fitting.fit(
-        model, data or (lambda first: batches), epochs=epochs, steps_per_epoch=8, compression=how, filters="gru",
-        folder=folder, settings=settings or {"a": 1}, console=Console(quiet=True), label="test",
+    asked = fitting.Settings(
+        **{"cell": "gru", "units": 16, "layers": 1, "dropout": 0.0, "epochs": epochs, "batch": 8, "learning_rate": 0.05,
+           "weight_decay": 0.0, "seed": 0, "start_from": None, "teacher": None, "teacher_share": 0.5,
+           "native_loop": False, "evaluate": "dev", "compression": how, **others}
     )  # fmt: skip
+    loss = keras.losses.MeanSquaredError()
+    return fitting.fit(model, loss, data or (lambda first: batches), 8, "gru", asked, folder, Console(quiet=True))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,7 @@ def test_a_network_ends_as_sparse_as_it_was_asked_for_and_stripped(tmp_path, how
     weights = [np.asarray(w) for w in model.get_layer("gru").trainable_weights[:2]]
     zeros = sum(int((w == 0).sum()) for w in weights)
     assert counts["sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert counts["q"] is None
     assert counts["kept_parameters"] == model.count_params() - zeros
     assert model.get_layer("gru").cell.kernel.constraint is None
     # What is killed before its results are written finds everything trained.
@@ -174,7 +177,9 @@ def test_a_network_ends_as_sparse_as_it_was_asked_for_and_stripped(tmp_path, how
 def test_a_threshold_is_read_off_the_dense_network(tmp_path):
     dense = network()
     assert fit(dense, tmp_path, None).zeros == [0.0] * 5
-    dense.save(tmp_path / "dense.keras")
+    dense.plain().save(tmp_path / "dense.keras")
+    q = fitting.weights_of(dense, "gru")["q"]
+    assert 0 < q < 1
     how = Compression(block_size=(1, 1), schedule="threshold", q_from=str(tmp_path / "dense.keras"), sparsity=0.5)
     ramp = how._schedule(epochs=10, steps_per_epoch=8)
     weights = np.concatenate([np.asarray(w).ravel() for w in dense.get_layer("gru").trainable_weights[:2]])
@@ -207,8 +212,8 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monk
         fit(network(), tmp_path / "killed", None)
     monkeypatch.undo()
     assert len(json.loads((tmp_path / "killed/unfinished/state.json").read_text())["course"]["losses"]) == 3
-    with pytest.raises(SystemExit, match=r"other settings \(a differ\).*another --output, or delete"):
-        fit(network(), tmp_path / "killed", None, settings={"a": 2})
+    with pytest.raises(SystemExit, match=r"other settings \(weight_decay differ\).*another --output, or delete"):
+        fit(network(), tmp_path / "killed", None, weight_decay=0.5)
 
     resumed = network(seed=7)
     began = []
@@ -216,8 +221,6 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monk
 
     def data(first):
         began.append(first)
-        import tensorflow as tf
-
         return tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat()
 
     course = fit(resumed, tmp_path / "killed", None, data=data)
@@ -244,3 +247,47 @@ def test_masks_survive_a_kill(tmp_path, monkeypatch):
     course = fit(model, tmp_path, how)
     np.testing.assert_allclose(course.zeros[1:], 0.75, atol=0.01)
     assert kbs.sparsity(model.get_layer("gru")) == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_training_begins_with_the_weights_of_a_file(tmp_path):
+    trained = network(seed=3)
+    trained.plain().save(tmp_path / "trained.keras")
+    model = network()
+    fit(model, tmp_path, None, start_from=str(tmp_path / "trained.keras"), learning_rate=0.0)
+    for a, b in zip(model.get_weights(), trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(SystemExit, match="--start-from: .*trained.keras is of another network"):
+        fit(network(units=8), tmp_path / "other", None, start_from=str(tmp_path / "trained.keras"))
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_student_learns_from_its_teacher_beside_the_targets(sums):
+    inputs = keras.Input((3, 4))
+    student, teacher = (Student(inputs, keras.layers.Dense(5)(inputs)) for _ in range(2))
+    student.sums = sums
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    student.compile("sgd", loss)
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    y = np.array([[0, 1, 2], [3, 4, 0]])
+    z = student(x)
+    assert float(student.compute_loss(x, y, z)) == pytest.approx(float(loss(y, z)))
+    student.teach(teacher, 0.25)
+    log_p, log_q = (np.asarray(keras.ops.log_softmax(m(x)), np.float64) for m in (teacher, student))
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    divergence = divergence.sum(-1).mean() if sums else divergence.mean()
+    assert float(student.compute_loss(x, y, z)) == pytest.approx(0.75 * float(loss(y, z)) + 0.25 * divergence, rel=1e-5)
+    assert len(student.trainable_variables) == 2
+    assert type(student.plain()) is not Student
+    with pytest.raises(SystemExit, match="The teacher is of another task"):
+        student.teach(Student(inputs, keras.layers.Dense(6)(inputs)), 0.5)
+
+
+def test_files_that_are_not_there_are_named():
+    parser = argparse.ArgumentParser()
+    settings.add_arguments(parser, cells=("gru",), units=1, layers=1, dropout=0.0, epochs=1, batch=1,
+                           learning_rate=1.0, output="out")  # fmt: skip
+    with pytest.raises(SystemExit, match="--teacher: there is no file nowhere.keras"):
+        settings.Settings.from_arguments(parser.parse_args(["--teacher", "nowhere.keras"]))
+    asked = settings.Settings.from_arguments(parser.parse_args(["--evaluate", "test", "--block-size", "4", "4"]))
+    assert asked.scored() == ["dev", "test"]
+    assert asked.compression.block_size == (4, 4)
