@@ -95,18 +95,32 @@ float read_all(const void* buffer, size_t n, size_t times) {
   for (int j = 1; j < 8; j++) sum[0] += sum[j];
   return sum[0][0];
 }
+// As wide as the machine's registers, and no more sums than it has registers for. Always 256 lanes in a round of n.
+#if defined __AVX512F__
+enum { kBytes = 64, kSums = 16 };
+#elif defined __AVX__
+enum { kBytes = 32, kSums = 8 };
+#else
+enum { kBytes = 16, kSums = 8 };
+#endif
+#if defined __aarch64__
+#define IN_REGISTER "+w"
+#else
+#define IN_REGISTER "+v"
+#endif
+typedef float R __attribute__((vector_size(kBytes)));
 float multiply_add(size_t n) {
-  V x = V{} + 0.999f, y = V{} + 1e-3f, sum[16];
+  R x = R{} + 0.999f, y = R{} + 1e-3f, sum[kSums];
 #pragma GCC unroll 16
-  for (int j = 0; j < 16; j++) sum[j] = x;
-  for (size_t i = 0; i < n; i++)
+  for (int j = 0; j < kSums; j++) sum[j] = x;
+  for (size_t i = 0; i < n * (256 * 4 / kBytes / kSums); i++)
 #pragma GCC unroll 16
-    for (int j = 0; j < 16; j++) {
+    for (int j = 0; j < kSums; j++) {
       sum[j] = sum[j] * x + y;
-      __asm__ volatile("" : "+v"(sum[j]));
+      __asm__ volatile("" : IN_REGISTER(sum[j]));
     }
 #pragma GCC unroll 16
-  for (int j = 1; j < 16; j++) sum[0] += sum[j];
+  for (int j = 1; j < kSums; j++) sum[0] += sum[j];
   return sum[0][0];
 }
 """
