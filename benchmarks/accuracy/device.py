@@ -27,7 +27,7 @@ def measure(runs: Sequence[Run], work: Path = WORK, path: Path = DEVICE, results
         SystemExit: no model is there at all.
     """
     done = results.of_runs(runs, results.load(results_path))
-    measured = {line["run"] for line in load(path)}
+    measured = results.of_runs(runs, load(path))
     here = [
         run for run in runs if run.name in done and run.seed == 0 and (folder_of(run, work) / "model.keras").exists()
     ]
@@ -36,7 +36,8 @@ def measure(runs: Sequence[Run], work: Path = WORK, path: Path = DEVICE, results
     for run in here:
         if run.name in measured:
             continue
-        line = {"run": run.name, **_measured(folder_of(run, work) / "model.keras"), "cpu": processor()}
+        line = _measured(folder_of(run, work) / "model.keras")
+        line |= {"run": run.name, "arguments": run.arguments, "cpu": processor()}
         with path.open("a") as file:
             file.write(json.dumps(line, sort_keys=True) + "\n")
         fast = line["fast"]["latency_ms"]

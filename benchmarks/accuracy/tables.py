@@ -41,7 +41,7 @@ def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_pa
         raise SystemExit(f"There are no results in {results_path}: python -m benchmarks.accuracy run")
     content = tomllib.loads(grid.read_text())
     gathered = cells(runs, found)
-    measured = {line["run"]: line for line in device.load()}
+    measured = results.of_runs(runs, device.load())  # a model trained with other options has other sizes
     wanted: dict[tuple[str, str], int] = {}
     for run in runs:
         wanted[run.network, run.row] = wanted.get((run.network, run.row), 0) + 1
