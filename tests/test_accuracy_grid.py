@@ -30,12 +30,12 @@ seeds = 2
 options = { algorithm = "dense" }
 [[rows]]
 name = "bp"
-needs = "dense"
 seeds = 1
 networks = ["a"]
-options = { algorithm = "bp", block-size = [4, 4] }
+options = { algorithm = "bp", block-size = [4, 4], q-from = "@dense" }
 [[rows]]
 name = "wide"
+like = "dense"
 seeds = 1
 options = { units = "$units" }
 
@@ -71,18 +71,19 @@ def outcome(score=1.0, **others):
     course = {"losses": [3.0, 2.0], "zeros": [0.0, 0.9], "seconds": 60.0, "cpu_seconds": 50.0}
     return {
         "scores": {"dev": score, "test": score}, "unit": "errors", "parameters": 2000, "kept_parameters": 500,
-        "sparsity": 0.9, "sparsity_by_weight": {}, "q": 0.25, "course": course, "versions": {"keras": "3"}, **others,
+        "sparsity": 0.9, "sparsity_by_weight": {}, "course": course, "versions": {"keras": "3"}, **others,
     }  # fmt: skip
 
 
 def test_all_runs_of_one_seed_come_before_the_next(file):
     runs = grid.load(file)
     assert [run.name for run in runs] == ["a/dense/0", "b/dense/0", "a/bp/0", "a/wide/0", "a/dense/1", "b/dense/1"]
-    assert runs[2].needs == "a/dense/0"
+    assert runs[2].others == {"a/dense/0"}
     assert runs[2].arguments == [
-        "--cell", "gru", "--fast", "--no-slow", "--algorithm", "bp", "--block-size", "4", "4", "--seed", "0"
+        "--cell", "gru", "--fast", "--no-slow", "--algorithm", "bp", "--block-size", "4", "4",
+        "--q-from", "@a/dense/0", "--seed", "0",
     ]  # fmt: skip
-    assert "--units 8" in " ".join(runs[3].arguments)
+    assert "--algorithm dense --units 8" in " ".join(runs[3].arguments)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,8 @@ def test_all_runs_of_one_seed_come_before_the_next(file):
     [
         (("networks = [\"a\"]\noptions = { algorithm = \"bp\"", "networks = [\"c\"]\noptions = { algorithm = \"bp\""),
          "row 'bp' is for ['c']"),
-        (('needs = "dense"', 'needs = "thin"'), "a/bp/0 needs a/thin/0"),
+        (('"@dense"', '"@thin"'), "a/bp/0 needs a/thin/0"),
+        (('like = "dense"', 'like = "thin"'), "row 'wide' is like 'thin', which is no row before it"),
         (('name = "wide"', 'name = "dense"'), "a/dense/0 is there twice"),
     ],
 )  # fmt: skip
@@ -124,8 +126,7 @@ def test_the_projects_grid_is_one_its_programs_understand():
     for program in {run.program for run in runs}:
         parsers[program] = __import__(f"{program}.__main__", fromlist=["parse_args"]).parse_args
     for run in runs:
-        extra = [] if run.needs is None else ["--q", "0.1"]
-        parsers[run.program]([*run.arguments, *extra, *running.ALWAYS])
+        parsers[run.program]([*run.arguments, *running.ALWAYS])
 
 
 class Programs:
@@ -142,25 +143,48 @@ class Programs:
         return 0
 
 
-def test_what_is_missing_is_run_once_and_thresholds_come_from_the_dense_network(file, tmp_path):
+def test_what_is_missing_is_run_once_and_after_what_it_needs(file, tmp_path):
     runs, programs, path = grid.load(file), Programs(), tmp_path / "results.jsonl"
     make = lambda: running.Runner(runs, 2, tmp_path / "work", path, programs)  # noqa: E731
     make().go()
     assert len(programs.commands) == 6
     (bp,) = [command for command in programs.commands if "bp" in command]
     assert bp[:3] == [sys.executable, "-m", "program_a"]
-    assert bp[bp.index("--q") + 1] == "0.25"
+    assert bp[bp.index("--q-from") + 1] == str(tmp_path / "work/a/dense/0/model.keras")
+    assert programs.commands.index(bp) > 0
     assert bp[-2:] == ["--output", str(tmp_path / "work/a/bp/0")]
     lines = results.load(path)
     assert sorted(line["run"] for line in lines) == sorted(run.name for run in runs)
     assert all(len(line["commit"].split("+")[0]) == 12 and line["cpu"] for line in lines)
     make().go()
     assert len(programs.commands) == 6
-    file.write_text(FILE.replace("units = 8", "units = 9"))
-    changed = running.Runner(grid.load(file), 2, tmp_path / "work", path, programs)
-    changed.go()
-    assert len(programs.commands) == 7
-    assert set(results.of_runs(grid.load(file), results.load(path))) == {run.name for run in runs}
+    for change, more in ((("units = 8", "units = 9"), 1), (('cell = "gru"', 'cell = "lstm"'), 4)):
+        file.write_text(FILE.replace(*change))
+        before = len(programs.commands)
+        running.Runner(grid.load(file), 2, tmp_path / "work", path, programs).go()
+        assert len(programs.commands) - before == more
+        assert set(results.of_runs(grid.load(file), results.load(path))) == {run.name for run in runs}
+
+
+def test_a_model_that_is_needed_and_gone_is_trained_again_but_its_result_stays(file, tmp_path):
+    runs, programs, path = grid.load(file), Programs(), tmp_path / "results.jsonl"
+    running.Runner([run for run in runs if run.row == "dense"], 1, tmp_path / "there", path, programs).go()
+    before = results.load(path)
+    running.Runner(runs, 1, tmp_path / "here", path, programs).go()
+    assert [name for command in programs.commands for name in command[-1:] if "a/dense/0" in name] == [
+        str(tmp_path / folder / "a/dense/0") for folder in ("there", "here")
+    ]
+    after = results.load(path)
+    assert after[: len(before)] == before
+    assert sorted(line["run"] for line in after) == sorted(run.name for run in runs)
+
+
+def test_what_depends_on_another_run_is_done_again_when_that_changes(file, tmp_path):
+    path = tmp_path / "results.jsonl"
+    running.Runner(grid.load(file), 1, tmp_path / "work", path, Programs()).go()
+    file.write_text(FILE.replace('{ algorithm = "dense" }', '{ algorithm = "dense", dropout = 0.5 }'))
+    changed = grid.load(file)
+    assert "a/bp/0" not in results.of_runs(changed, results.load(path))
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(file, tmp_path):
@@ -194,7 +218,7 @@ def test_a_command_is_run_on_its_core_with_its_output_in_the_log(tmp_path):
 
 def test_a_damaged_results_file_is_refused(tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text('{"run": "a", "arguments": [], "scores": {}}\n{"run"\n')
+    path.write_text('{"run": "a", "arguments": [], "others": {}, "scores": {}}\n{"run"\n')
     with pytest.raises(SystemExit, match="results.jsonl:2 is no result"):
         results.load(path)
 
@@ -221,9 +245,11 @@ def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch
     for run in runs:
         if run.name in scores:
             results.append(
-                outcome(scores[run.name]) | {"run": run.name, "arguments": run.arguments, "cpu": "a processor"}, path
+                outcome(scores[run.name])
+                | {"run": run.name, "arguments": run.arguments, "others": results.others(run, runs), "cpu": "a cpu"},
+                path,
             )
-    results.append(outcome(9.0) | {"run": "a/wide/0", "arguments": ["--other"], "cpu": "a processor"}, path)
+    results.append(outcome(9.0) | {"run": "a/wide/0", "arguments": ["--other"], "others": {}, "cpu": "a cpu"}, path)
     tables.write_pages(runs, tmp_path / "docs", file, path)
     text = (tmp_path / "docs/a.md").read_text()
     assert "3 of 4 runs are done" in text
@@ -252,5 +278,5 @@ def test_sizes_and_latencies_are_against_the_dense_networks_stock_file(file, tmp
 def test_a_run_is_json_in_one_line():
     run = Run("a", "b c", 1, "p", {})
     assert run.name == "a/b c/1"
-    assert running.folder_of(run, grid.FOLDER).name == "1"
-    assert " " not in str(running.folder_of(run).relative_to(running.WORK))
+    assert running.folder_of(run.name, grid.FOLDER).name == "1"
+    assert " " not in str(running.folder_of(run.name).relative_to(running.WORK))

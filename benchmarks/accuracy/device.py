@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks._report import console, processor
 from benchmarks.accuracy import results
 from benchmarks.accuracy.grid import FOLDER, RESULTS, Run
-from benchmarks.accuracy.running import WORK, folder_of
+from benchmarks.accuracy.running import MODEL, WORK, folder_of, has_model
 
 DEVICE = FOLDER / "device.jsonl"
 #: Time steps of the inference that is timed: two seconds of speech, as many characters.
@@ -28,16 +28,14 @@ def measure(runs: Sequence[Run], work: Path = WORK, path: Path = DEVICE, results
     """
     done = results.of_runs(runs, results.load(results_path))
     measured = results.of_runs(runs, load(path))
-    here = [
-        run for run in runs if run.name in done and run.seed == 0 and (folder_of(run, work) / "model.keras").exists()
-    ]
+    here = [run for run in runs if run.name in done and run.seed == 0 and has_model(run, work)]
     if not here:
         raise SystemExit(f"There is no trained model in {work}: python -m benchmarks.accuracy run")
     for run in here:
         if run.name in measured:
             continue
-        line = _measured(folder_of(run, work) / "model.keras")
-        line |= {"run": run.name, "arguments": run.arguments, "cpu": processor()}
+        line = _measured(folder_of(run.name, work) / MODEL)
+        line |= {"run": run.name, "arguments": run.arguments, "others": results.others(run, runs), "cpu": processor()}
         with path.open("a") as file:
             file.write(json.dumps(line, sort_keys=True) + "\n")
         fast = line["fast"]["latency_ms"]

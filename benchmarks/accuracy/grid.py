@@ -21,8 +21,7 @@ class Run:
         row: how it is made sparse, a name in the grid.
         seed: of the training.
         program: module to run.
-        options: its options on the command line, without the dashes.
-        needs: name of the run whose q this one's threshold is made of.
+        options: its options on the command line, without the dashes. "@" and a run's name is the model of that run.
     """
 
     network: str
@@ -30,12 +29,16 @@ class Run:
     seed: int
     program: str
     options: dict[str, Any]
-    needs: str | None = None
 
     @property
     def name(self) -> str:
         """Network, row and seed."""
         return f"{self.network}/{self.row}/{self.seed}"
+
+    @property
+    def others(self) -> set[str]:
+        """Names of the runs whose models it needs."""
+        return {value[1:] for value in self.options.values() if isinstance(value, str) and value.startswith("@")}
 
     @property
     def arguments(self) -> list[str]:
@@ -52,8 +55,9 @@ class Run:
 def load(path: Path = GRID) -> list[Run]:
     """The runs, all with the first seed before any with the second, in the order of the file otherwise.
 
-    A row's options are laid over its network's. "$name" stands for the value of that name among the network's
-    `values`; a row of which a network has not all values is not for this network.
+    A row's options are laid over its network's, and over those of the row that it is `like`. "$name" stands for the
+    value of that name among the network's `values`; a row of which a network has not all is not for this network.
+    "@row" stands for the model of that row with the same network and seed.
 
     Raises:
         ValueError: the file names a network or row that it does not have.
@@ -61,20 +65,28 @@ def load(path: Path = GRID) -> list[Run]:
     grid = tomllib.loads(path.read_text())
     networks = grid["networks"]
     runs = []
+    rows: dict[str, dict[str, Any]] = {}
     for row in grid["rows"]:
+        if "like" in row:
+            if row["like"] not in rows:
+                raise ValueError(f"{path}: row {row['name']!r} is like {row['like']!r}, which is no row before it")
+            like = rows[row["like"]]
+            row = {**like, **row, "options": {**like["options"], **row.get("options", {})}}
+        rows[row["name"]] = row
         if unknown := set(row.get("networks", ())) - set(networks):
             raise ValueError(f"{path}: row {row['name']!r} is for {sorted(unknown)}, which are no networks of it")
         for name in row.get("networks", networks):
             network = networks[name]
-            options = {**network["options"], **_filled(row["options"], network.get("values", {}))}
-            if None in options.values():
-                continue
-            needs = f"{name}/{row['needs']}/0" if "needs" in row else None
-            runs += [Run(name, row["name"], seed, network["program"], options, needs) for seed in range(row["seeds"])]
+            options = {**network["options"], **row["options"]}
+            for seed in range(row["seeds"]):
+                filled = {key: _filled(value, name, network.get("values", {}), seed) for key, value in options.items()}
+                if None not in filled.values():
+                    runs.append(Run(name, row["name"], seed, network["program"], filled))
     names = [run.name for run in runs]
     for run in runs:
-        if run.needs is not None and run.needs not in names:
-            raise ValueError(f"{path}: {run.name} needs {run.needs}, which is no run of it")
+        for other in run.others:
+            if other not in names:
+                raise ValueError(f"{path}: {run.name} needs {other}, which is no run of it")
         if names.count(run.name) > 1:
             raise ValueError(f"{path}: {run.name} is there twice")
     return sorted(runs, key=lambda run: run.seed)
@@ -91,12 +103,13 @@ def pick(runs: list[Run], only: str | None) -> list[Run]:
     picked = {run.name: run for run in runs if re.search(only, run.name)}
     if not picked:
         raise SystemExit(f"No run's name has {only!r}. Names are network/row/seed, such as {runs[0].name}")
-    needed = {run.needs for run in picked.values()}
+    needed = {other for run in picked.values() for other in run.others}
     return [run for run in runs if run.name in picked or run.name in needed]
 
 
-def _filled(options: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        option: values.get(value[1:]) if isinstance(value, str) and value.startswith("$") else value
-        for option, value in options.items()
-    }
+def _filled(value: Any, network: str, values: dict[str, Any], seed: int) -> Any:
+    if isinstance(value, str) and value.startswith("$"):
+        return values.get(value[1:])
+    if isinstance(value, str) and value.startswith("@"):
+        return f"@{network}/{value[1:]}/{seed}"
+    return value

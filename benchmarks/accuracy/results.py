@@ -22,7 +22,7 @@ def load(path: Path = RESULTS) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             result = json.loads(line)
-            assert {"run", "arguments", "scores"} <= set(result)
+            assert {"run", "arguments", "others", "scores"} <= set(result)
         except (ValueError, TypeError, AssertionError) as error:
             raise SystemExit(f"{path}:{number} is no result of a run. Restore the file from git.") from error
         results.append(result)
@@ -35,7 +35,16 @@ def append(result: dict[str, Any], path: Path = RESULTS) -> None:
         file.write(json.dumps(result, sort_keys=True) + "\n")
 
 
+def others(run: Run, runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The options of the runs that a run is made of, by their names."""
+    return {other.name: other.arguments for other in runs if other.name in run.others}
+
+
 def of_runs(runs: Sequence[Run], results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The latest result of each run, by its name, without what was done with other options than the grid has now."""
-    wanted = {run.name: run.arguments for run in runs}
-    return {result["run"]: result for result in results if result["arguments"] == wanted.get(result["run"])}
+    wanted = {run.name: (run.arguments, others(run, runs)) for run in runs}
+    return {
+        result["run"]: result
+        for result in results
+        if (result["arguments"], result["others"]) == wanted.get(result["run"])
+    }

@@ -20,10 +20,11 @@ from benchmarks.accuracy import results
 from benchmarks.accuracy.grid import RESULTS, Run
 
 WORK = Path("build/accuracy")
+MODEL, MADE_BY = "model.keras", "arguments.json"
 #: What each training is told beside the grid's options. Two with a thread each do more than one with two.
 ALWAYS = ("--threads", "1", "--no-export", "--evaluate", "test")
 #: What of a program's result.json is kept.
-KEPT = ("scores", "unit", "parameters", "kept_parameters", "sparsity", "sparsity_by_weight", "q", "course", "versions")
+KEPT = ("scores", "unit", "parameters", "kept_parameters", "sparsity", "sparsity_by_weight", "course", "versions")
 
 
 @dataclass
@@ -64,9 +65,15 @@ class Runner:
 
     def _go(self) -> None:
         done = results.of_runs(self.runs, results.load(self.path))
-        self._q = {name: result["q"] for name, result in done.items()}
-        waiting = [run for run in self.runs if run.name not in done]
-        console.print(f"{len(done)} of {len(self.runs)} runs are done; {len(waiting)} to do.")
+        missing = [run for run in self.runs if run.name not in done]
+        # A result is kept, a model is not: on another machine, what others begin with or learn from is trained again.
+        needed = {other for run in missing for other in run.others} - {run.name for run in missing}
+        again = [run for run in self.runs if run.name in needed and not has_model(run, self.work)]
+        waiting = [run for run in self.runs if run in missing or run in again]
+        more = f", and {len(again)} to do again for their models" if again else ""
+        console.print(f"{len(done)} of {len(self.runs)} runs are done; {len(missing)} to do{more}.")
+        self._known = set(done)
+        self._models = {run.name for run in self.runs if run not in waiting and has_model(run, self.work)}
         cores: queue.Queue[int] = queue.Queue()
         for core in sorted(os.sched_getaffinity(0))[: self.workers]:
             cores.put(core)
@@ -74,7 +81,7 @@ class Runner:
         busy = 0
         while True:
             # In the grid's order, but for those whose dense network is still being trained.
-            ready = [run for run in waiting if run.needs is None or run.needs in self._q]
+            ready = [run for run in waiting if run.others <= self._models]
             while ready and not cores.empty():
                 run, core = ready.pop(0), cores.get()
                 waiting.remove(run)
@@ -88,10 +95,11 @@ class Runner:
             busy -= 1
 
     def _train(self, run: Run, core: int) -> int:
-        folder = folder_of(run, self.work)
+        folder = folder_of(run.name, self.work)
         folder.mkdir(parents=True, exist_ok=True)
-        extra = [] if run.needs is None else ["--q", repr(self._q[run.needs])]
-        command = [sys.executable, "-m", run.program, *run.arguments, *extra, *ALWAYS, "--output", str(folder)]
+        (folder / MADE_BY).unlink(missing_ok=True)
+        words = [str(folder_of(word[1:], self.work) / MODEL) if word[:1] == "@" else word for word in run.arguments]
+        command = [sys.executable, "-m", run.program, *words, *ALWAYS, "--output", str(folder)]
         start = time.perf_counter()
         code = self.execute(command, folder / "log.txt", core, self._lock)
         minutes = (time.perf_counter() - start) / 60
@@ -100,21 +108,34 @@ class Runner:
                 raise ValueError(f"exit code {code}; see {folder / 'log.txt'}")
             found = json.loads((folder / "result.json").read_text())
             result = {key: found[key] for key in KEPT}
+            (folder / MADE_BY).write_text(json.dumps(run.arguments))
         except (OSError, ValueError, KeyError) as error:
             console.print(f"FAILED  {run.name}: {error}", soft_wrap=True)
             self.failed.append(run.name)
             return core
-        result |= {"run": run.name, "arguments": run.arguments, "commit": _commit(), "cpu": processor()}
+        self._models.add(run.name)
+        if run.name in self._known:
+            console.print(f"{run.name}: trained again; {minutes:.1f} minutes", soft_wrap=True)
+            return core
+        result |= {
+            "run": run.name, "arguments": run.arguments, "others": results.others(run, self.runs),
+            "commit": _commit(), "cpu": processor(),
+        }  # fmt: skip
         results.append(result, self.path)
-        self._q[run.name] = found["q"]
         scores = ", ".join(f"{split} {score:.4f}" for split, score in found["scores"].items())
         console.print(f"{run.name}: {scores}, {found['sparsity']:.1%} zero, {minutes:.1f} minutes", soft_wrap=True)
         return core
 
 
-def folder_of(run: Run, work: Path = WORK) -> Path:
-    """Where a run leaves its files."""
-    return work / run.name.replace(" ", "_")
+def has_model(run: Run, work: Path = WORK) -> bool:
+    """Whether the model is at hand that a run leaves, with the options that it has now."""
+    made_by = folder_of(run.name, work) / MADE_BY
+    return made_by.exists() and json.loads(made_by.read_text()) == run.arguments
+
+
+def folder_of(name: str, work: Path = WORK) -> Path:
+    """Where the run of that name leaves its files."""
+    return work / name.replace(" ", "_")
 
 
 def execute(command: list[str], log: Path, core: int, lock: int) -> int:

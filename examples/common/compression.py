@@ -29,8 +29,8 @@ class Compression:
         power: exponent of the polynomial ramp.
         updates: how many times masks are updated between begin and end.
         group_lasso: lambda while the schedule runs; 0 for none.
-        q: for "threshold": `sparsity` of the weights of a trained dense network are smaller.
-        q_from: a `.keras` file, such a network, to read q from.
+        q_from: for "threshold": a `.keras` file, a trained dense network, of whose recurrent weights `sparsity` are
+            smaller than the paper's q.
         q_scale: factor of q, to tune the sparsity that "threshold" reaches.
         score: see `kbs.prune_low_magnitude_block`.
         distribution: see there.
@@ -48,7 +48,6 @@ class Compression:
     power: float = 3.0
     updates: int = 100
     group_lasso: float = 0.0
-    q: float | None = None
     q_from: str | None = None
     q_scale: float = 1.0
     score: str = "max"
@@ -96,18 +95,24 @@ class Compression:
             )
         if self.schedule == "cut":
             return None
-        q = self.q if self.q is not None else self._read_q()
-        ramp = kbs.ThresholdRamp.from_epochs(q * self.q_scale, epochs=epochs, steps_per_epoch=steps_per_epoch)
+        ramp = kbs.ThresholdRamp.from_epochs(
+            self._read_q() * self.q_scale, epochs=epochs, steps_per_epoch=steps_per_epoch
+        )
         return dataclasses.replace(ramp, frequency=max(1, (ramp.end_step - ramp.begin_step) // self.updates))
 
     def _read_q(self) -> float:
         import keras
 
+        import keras_blocksparse as kbs
+
         if self.q_from is None:
             raise SystemExit(
-                "A threshold is read off a dense network that was trained before: give --q-from FILE.keras, or --q"
+                "A threshold is read off a dense network that was trained before: give it with --q-from FILE.keras"
             )
-        return threshold_of(keras.saving.load_model(self.q_from, compile=False), "gru|lstm|rnn", self.sparsity)
+        dense = keras.saving.load_model(self.q_from, compile=False)
+        q = kbs.ThresholdRamp.from_dense(dense, sparsity=self.sparsity, filters="gru|lstm|rnn", end_step=1).q
+        assert isinstance(q, dict)
+        return q["recurrent"]
 
     def _distribution(self) -> Any:
         import keras_blocksparse as kbs
@@ -121,22 +126,13 @@ class Compression:
         return {"uniform": kbs.Uniform, "erk": kbs.ERK}[self.distribution](gate_density=self.gate_density)
 
 
-def threshold_of(model: keras.Model, filters: str, sparsity: float = 0.9) -> float:
-    """The paper's q: `sparsity` of the weights of a trained dense network's recurrent layers are smaller."""
-    import keras_blocksparse as kbs
-
-    q = kbs.ThresholdRamp.from_dense(model, sparsity=sparsity, filters=filters, end_step=1).q
-    assert isinstance(q, dict)
-    return q["recurrent"]
-
-
 #: What `--algorithm` chooses from. Group lasso's strengths were chosen on dev sets.
 ALGORITHMS = {
     "dense": None,
     "bp": Compression(schedule="threshold"),
     "glp": Compression(schedule="threshold", group_lasso=1e-3),
     "gl": Compression(schedule="cut", group_lasso=3e-3),
-    "ours": Compression(),
+    "ours": Compression(begin=0.02, end=0.4, distribution="erk"),
 }
 
 
@@ -157,12 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--end", type=share, help="share at which it ends")
     add("--power", type=float, help="exponent of the ramp of the sparsity")
     add("--updates", type=positive, help="updates of the masks from begin to end")
-    add(
-        "--q",
-        type=float,
-        help="threshold of bp and glp: the magnitude that so many weights of a dense network lie below",
-    )
-    add("--q-from", metavar="FILE", help="trained dense .keras file to read it from")
+    add("--q-from", metavar="FILE", help="trained dense .keras file that the threshold of bp and glp is read from")
     add("--q-scale", type=float, help="factor of that threshold, to tune the sparsity that is reached")
     add("--score", choices=("max", "mean", "l2"), help="what makes a block matter")
     add("--distribution", choices=("uniform", "erk", "global", "per_layer_type"), help="how sparsity is spread")

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import keras_blocksparse as kbs
-from examples.common.compression import threshold_of
 from examples.common.files import write_json
-from examples.common.native import native_loop
+from examples.common.native import NativeLoop, native_loop
 from examples.common.settings import Settings
 from examples.common.student import Student
+from keras_blocksparse.variables import updates_of
 
 
 @dataclass
@@ -100,7 +100,9 @@ def fit(
     ]
     if compression is not None:
         callbacks.insert(0, kbs.UpdatePruningStep())
-    with native_loop(layers if settings.native_loop else []):
+    with native_loop(layers if settings.native_loop else []) as loops:
+        if loops and compression is not None:
+            callbacks.append(_LeaveOutZeros(loops))
         model.fit(
             data(first), initial_epoch=first, epochs=epochs, steps_per_epoch=steps_per_epoch, shuffle=False, verbose=0,
             callbacks=callbacks,
@@ -133,7 +135,7 @@ def pruned_layers(model: keras.Model, filters: str) -> list[keras.layers.Layer]:
 
 
 def weights_of(model: keras.Model, filters: str) -> dict[str, Any]:
-    """Counts that a table needs, JSON-able; q, the paper's threshold, of a dense network only."""
+    """Counts that a table needs, JSON-able."""
     layers = pruned_layers(model, filters)
     weights = [w for layer in layers for w in layer.trainable_weights if len(w.shape) > 1]
     zeros = sum(int(np.count_nonzero(np.asarray(w) == 0)) for w in weights)
@@ -141,7 +143,6 @@ def weights_of(model: keras.Model, filters: str) -> dict[str, Any]:
         "parameters": model.count_params(),
         "kept_parameters": model.count_params() - zeros,
         "sparsity": kbs.sparsity(layers),
-        "q": None if zeros else threshold_of(model, filters),
         "sparsity_by_weight": {w.path: float(np.mean(np.asarray(w) == 0)) for w in weights},
     }
 
@@ -209,6 +210,24 @@ class _Notes(keras.callbacks.Callback):
         self.course.cpu_seconds += cpu - self._cpu
         self._wall, self._cpu = wall, cpu
         self.state.save(self.model, self.course)
+
+
+class _LeaveOutZeros(keras.callbacks.Callback):
+    """Lets the native loop leave out what is pruned, from the first epoch in which no mask moves."""
+
+    def __init__(self, loops: list[NativeLoop]) -> None:
+        super().__init__()
+        self.loops: list[NativeLoop] = loops
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Keras calls this."""
+        ends = [pruning.settings.end_step for loop in self.loops for pruning in loop.prunings().values()]
+        if not self.loops or any(end is None or updates_of(self.model.optimizer) < end for end in ends):
+            return
+        for loop in self.loops:
+            loop.leave_out_zeros()
+        self.loops = []
+        self.model.make_train_function(force=True)
 
 
 class _Bar(keras.callbacks.Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blocksparse import BlockGrid
+from keras_blocksparse.constraints import BlockPruning, pruning_of
 from keras_blocksparse.sparse import BlockSparseMatrix, BlockStructure
 from keras_blocksparse.sparse.layers import run_natively, why_unfused, why_unfused_in_training
 
@@ -23,8 +23,52 @@ CELLS = {
 }
 
 
+class NativeLoop:
+    """A recurrent Keras layer's stand-in for its own `inner_loop`.
+
+    Args:
+        layer: built SimpleRNN, GRU or LSTM layer.
+
+    Raises:
+        ValueError: the native loop cannot train it.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        if reason := why_unfused(layer.cell) or why_unfused_in_training(layer.cell):
+            raise ValueError(f"{layer.name} cannot be trained on the native loop: {reason}")
+        self.layer = layer
+        self.cell, gates = CELLS[type(layer.cell)]
+        self._packings = [_Packing(weight, _everything(weight, gates)) for weight in self._weights]
+
+    @property
+    def _weights(self) -> tuple[Any, Any]:
+        return self.layer.cell.kernel, self.layer.cell.recurrent_kernel
+
+    def prunings(self) -> dict[int, BlockPruning]:
+        """Those of its weights, 0 being the kernel and 1 the recurrent one."""
+        found = {n: pruning_of(weight) for n, weight in enumerate(self._weights)}
+        return {n: pruning for n, pruning in found.items() if pruning is not None and not pruning.skipped}
+
+    def leave_out_zeros(self) -> None:
+        """Computes with the blocks that pruning keeps now, and no more with the others, whose gradients become 0.
+
+        For when masks move no more. Steps that are compiled already go on with all blocks.
+        """
+        for n, pruning in self.prunings().items():
+            weight, grid = self._weights[n], pruning.grid
+            structure = BlockStructure(tuple(weight.shape), grid.block_size, grid.gates, "float32", pruning.kept)
+            self._packings[n] = _Packing(weight, structure)
+
+    def __call__(self, sequences: Any, initial_state: Any, mask: Any, training: Any = False) -> Any:
+        """What `keras.layers.RNN.inner_loop` does."""
+        packed = [
+            (packing.structure, packing.values(w)) for packing, w in zip(self._packings, self._weights, strict=True)
+        ]
+        return run_natively(self.layer, self.cell, *packed, sequences, initial_state, mask, training)
+
+
 @contextmanager
-def native_loop(layers: list[Any]) -> Iterator[None]:
+def native_loop(layers: list[Any]) -> Iterator[list[NativeLoop]]:
     """Within it, recurrent Keras layers compute, and are trained, by one native call for a whole sequence.
 
     Nothing else about them changes: their weights are dense Keras variables, and constraints mask them as ever.
@@ -35,59 +79,44 @@ def native_loop(layers: list[Any]) -> Iterator[None]:
     Raises:
         ValueError: the native loop cannot train one of them.
     """
-    loops = []
-    for layer in layers:
-        if reason := why_unfused(layer.cell) or why_unfused_in_training(layer.cell):
-            raise ValueError(f"{layer.name} cannot be trained on the native loop: {reason}")
-        name, gates = CELLS[type(layer.cell)]
-        loops.append(functools.partial(_inner_loop, layer, name, *(_Packing(w, gates) for w in _matrices(layer))))
+    loops = [NativeLoop(layer) for layer in layers]
     try:
-        for layer, loop in zip(layers, loops, strict=True):
-            layer.inner_loop = loop
-        yield
+        for loop in loops:
+            loop.layer.inner_loop = loop
+        yield loops
     finally:
         for layer in layers:
             vars(layer).pop("inner_loop", None)
 
 
-def _matrices(layer: Any) -> tuple[Any, Any]:
-    return layer.cell.kernel, layer.cell.recurrent_kernel
-
-
-def _inner_loop(
-    layer: Any, name: str, kernel: _Packing, recurrent_kernel: _Packing, sequences: Any, initial_state: Any,
-    mask: Any, training: Any = False,
-) -> tuple[Any, Any, list[Any]]:  # fmt: skip
-    packed = [
-        (packing.structure, packing.values(w))
-        for packing, w in zip((kernel, recurrent_kernel), _matrices(layer), strict=True)
-    ]
-    return run_natively(layer, name, *packed, sequences, initial_state, mask, training)
+def _everything(weight: Any, gates: int) -> BlockStructure:
+    rows, columns = weight.shape
+    block = min(rows, 16), min(columns // gates, 16)
+    whole = np.ones(BlockGrid((rows, columns), block, gates).grid_shape, bool)
+    return BlockStructure((rows, columns), block, gates, "float32", whole)
 
 
 class _Packing:
-    """The order in which the native loop wants the elements of a dense matrix, none of them left out."""
+    """The order in which the native loop wants the elements of a dense matrix, those of left out blocks not at all."""
 
-    def __init__(self, weight: Any, gates: int) -> None:
-        rows, columns = weight.shape
-        block = min(rows, 16), min(columns // gates, 16)
-        whole = np.ones(BlockGrid((rows, columns), block, gates).grid_shape, bool)
-        self.structure = BlockStructure((rows, columns), block, gates, "float32", whole)
-        positions = BlockSparseMatrix.from_values(
-            self.structure, np.zeros(self.structure.values_shape, "float32")
-        ).positions
+    def __init__(self, weight: Any, structure: BlockStructure) -> None:
+        size = int(np.prod(weight.shape))
+        self.structure = structure
+        positions = BlockSparseMatrix.from_values(structure, np.zeros(structure.values_shape, "float32")).positions
         kept = np.flatnonzero(positions >= 0)
-        self.places = np.zeros(rows * columns, np.int32)
+        self.places = np.full(size, len(positions), np.int32)  # one past the end: left out
         self.places[positions[kept]] = kept
-        self.sources = np.where(positions < 0, rows * columns, positions).astype(np.int32)  # one past the end: padding
+        self.sources = np.where(positions < 0, size, positions).astype(np.int32)  # one past the end: padding
 
     def values(self, weight: Any) -> tf.Tensor:
         """The weight's elements, and zeros for padding, in that order."""
 
+        def gather(values: tf.Tensor, indices: np.ndarray) -> tf.Tensor:
+            return tf.gather(tf.concat([tf.reshape(values, [-1]), [0.0]], 0), indices)
+
         @tf.custom_gradient
         def pack(w: tf.Tensor) -> Any:
             # A gather backwards too: TensorFlow's own gradient of a gather is a scatter, which takes longer.
-            padded = tf.concat([tf.reshape(w, [-1]), [0.0]], 0)
-            return tf.gather(padded, self.sources), lambda dv: tf.reshape(tf.gather(dv, self.places), w.shape)
+            return gather(w, self.sources), lambda dv: tf.reshape(gather(dv, self.places), w.shape)
 
         return pack(tf.convert_to_tensor(weight))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_blocksparse as kbs
-from examples.common.fitting import pruned_layers
+from examples.common.fitting import _LeaveOutZeros, pruned_layers
 from examples.common.native import native_loop
 
 
@@ -50,6 +50,43 @@ def test_pruning_goes_on_as_ever_and_the_layer_is_itself_afterwards():
     assert kbs.sparsity(layers) == pytest.approx(0.75, abs=0.02)
     assert all(layer.inner_loop.__func__ is keras.layers.SimpleRNN.inner_loop for layer in layers)
     np.testing.assert_allclose(model(x), trained, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cell", [keras.layers.GRU, keras.layers.LSTM, keras.layers.SimpleRNN])
+def test_leaving_out_zeros_changes_only_gradients_of_zeros(cell):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6, 10)), cell(24, return_sequences=True)])
+    kbs.prune_low_magnitude_block(model, kbs.ConstantSparsity(target_sparsity=0.75, begin_step=0), (8, 4))
+    kbs.Pruner(model).prune_now(0.75)
+    x = np.random.default_rng(0).normal(size=(3, 6, 10)).astype("float32")
+    expected_loss, *expected = loss_and_gradients(model, x)
+    with native_loop(model.layers) as loops:
+        loops[0].leave_out_zeros()
+        loss, *found = loss_and_gradients(model, x)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for gradient, whole, weight in zip(found, expected, model.trainable_variables, strict=True):
+        kept = np.asarray(weight) != 0 if "kernel" in weight.name else True
+        np.testing.assert_allclose(gradient, np.where(kept, whole, 0), rtol=1e-4, atol=1e-6)
+
+
+def test_zeros_are_left_out_when_masks_move_no_more():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((5, 16)), keras.layers.GRU(16, name="gru")])
+    schedule = kbs.PolynomialDecay(final_sparsity=0.75, begin_step=2, end_step=6, frequency=2)
+    kbs.prune_low_magnitude_block(model, schedule, (4, 4))
+    model.compile("adam", "mse")
+    x, y = np.random.default_rng(0).normal(size=(16, 5, 16)), np.ones((16, 16))
+    kept = []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            kept.append([packing.structure.keep.mean() for packing in loops[0]._packings])
+
+    with native_loop(model.layers) as loops:
+        callbacks = [kbs.UpdatePruningStep(), _LeaveOutZeros(loops), Look()]
+        model.fit(x, y, epochs=3, batch_size=4, verbose=0, callbacks=callbacks)
+    assert kept == [[1, 1], [1, 1], [0.25, 0.25]]
+    assert kbs.sparsity(model) == 0.75
 
 
 @pytest.mark.parametrize(("arguments", "why"), [({"activation": "selu"}, "selu"), ({"recurrent_dropout": 0.5}, "0.5")])
