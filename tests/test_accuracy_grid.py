@@ -54,6 +54,7 @@ against = "dense"
 gain_at_least = 0.05
 networks = ["a"]
 [pictures]
+masks = ["bp"]
 parameters = { dense = ["dense", "wide"], sparse = ["bp"] }
 sparsity = { bp = ["bp", "dense"] }
 course = { BP = ["bp"] }
@@ -120,6 +121,7 @@ def test_the_projects_grid_is_one_its_programs_understand():
     for bar in content["bars"]:
         assert {bar["row"], bar["against"]} <= rows
         assert set(bar["networks"]) <= set(content["networks"])
+    assert set(content["pictures"].pop("masks")) <= rows
     for lines in content["pictures"].values():
         assert {row for found in lines.values() for row in found} <= rows
     parsers = {}
@@ -250,6 +252,13 @@ def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch
                 path,
             )
     results.append(outcome(9.0) | {"run": "a/wide/0", "arguments": ["--other"], "others": {}, "cpu": "a cpu"}, path)
+    for run in runs[:3]:
+        folder = running.folder_of(run.name, tmp_path / "work")
+        folder.mkdir(parents=True)
+        (folder / "masks.png").write_bytes(run.name.encode())
+        (folder / running.MADE_BY).write_text(json.dumps(run.arguments))
+    tables.device.keep_masks(runs, ["bp"], tmp_path / "docs", tmp_path / "work")
+    assert [path.read_bytes() for path in (tmp_path / "docs").iterdir()] == [b"a/bp/0"]
     tables.write_pages(runs, tmp_path / "docs", file, path)
     text = (tmp_path / "docs/a.md").read_text()
     assert "3 of 4 runs are done" in text
@@ -258,6 +267,7 @@ def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch
     assert "| wide | not run yet |" in text
     assert "| bp against dense | loss <= 2% | 0.909% |" in text
     assert "| wide against dense | gain >= 5% | not measured |" in text
+    assert "The blocks that are kept, of bp." in text
     assert (tmp_path / "docs/a-course.svg").exists()
     assert not (tmp_path / "docs/a-parameters.svg").exists()
     assert not (tmp_path / "docs/b.md").exists()

@@ -2,11 +2,12 @@
 
 run does the trainings of grid.toml that have no result yet, each on a core of its own, and adds a line for each to
 results.jsonl. It can be stopped at any time, and goes on where it was. device measures what trained networks are on a
-device, and needs a quiet machine. tables writes docs/results from both.
+device, needs a quiet machine, and keeps pictures of masks. tables writes docs/results from both.
 """
 
 import argparse
 import os
+import tomllib
 from pathlib import Path
 
 from benchmarks._report import Table, console
@@ -23,7 +24,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("command", choices=("run", "list", "device", "tables"), help="list: what is done and what not")
     parser.add_argument("--only", metavar="REGEX", help="runs with such names; names are network/row/seed")
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="of tables (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/results"), help="of tables and pictures (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -55,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         from benchmarks.accuracy import device
 
         device.measure(runs)
+        device.keep_masks(runs, tomllib.loads(grid.GRID.read_text())["pictures"]["masks"], args.output)
     else:
         from benchmarks.accuracy import tables
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -44,6 +45,22 @@ def measure(runs: Sequence[Run], work: Path = WORK, path: Path = DEVICE, results
             + ", ".join(f"{name} {ms:.2f} ms" for name, ms in fast.items()),
             soft_wrap=True,
         )
+
+
+def keep_masks(runs: Sequence[Run], rows: Sequence[str], output: Path, work: Path = WORK) -> None:
+    """Copies the pictures of the masks that trainings of these rows with the first seed have left, if they are at hand.
+
+    Args:
+        runs: what to look at.
+        rows: of the grid.
+        output: folder for `<network>-masks.png`.
+        work: where models are.
+    """
+    for run in runs:
+        picture = folder_of(run.name, work) / "masks.png"
+        if run.row in rows and run.seed == 0 and has_model(run, work) and picture.exists():
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, output / f"{run.network}-masks.png")
 
 
 def load(path: Path = DEVICE) -> list[dict[str, Any]]:

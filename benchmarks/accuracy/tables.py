@@ -56,6 +56,8 @@ def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_pa
             if len(rows) > 1:
                 tables.append(_table(table, rows, of_network, network, measured))
         shown = pictures.draw(network, of_network, content["pictures"], output)
+        if (masks := output / f"{network}-masks.png").exists():
+            shown[masks.name] = f"The blocks that are kept, of {' and '.join(content['pictures']['masks'])}."
         first = next(iter(of_network["dense"].results))
         done = sum(len(cell.results) for cell in of_network.values())
         total = sum(count for (name, _), count in wanted.items() if name == network)

@@ -132,7 +132,7 @@ ALGORITHMS = {
     "bp": Compression(schedule="threshold"),
     "glp": Compression(schedule="threshold", group_lasso=1e-3),
     "gl": Compression(schedule="cut", group_lasso=3e-3),
-    "ours": Compression(begin=0.02, end=0.4, distribution="erk"),
+    "ours": Compression(begin=0.01, end=0.2, distribution="erk", score="l2"),
 }
 
 

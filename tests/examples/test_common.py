@@ -113,7 +113,7 @@ def test_what_is_given_replaces_what_the_algorithm_has():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--begin", "0.7"], "--begin must be less than --end. Received: 0.7 and 0.4"),
+        (["--begin", "0.7"], "--begin must be less than --end. Received: 0.7 and 0.2"),
         (["--algorithm", "gl", "--group-lasso", "0"], "needs --group-lasso above 0. Received: 0"),
         (["--algorithm", "bp", "--q-from", "nowhere.keras"], "there is no file nowhere.keras"),
     ],
