@@ -176,6 +176,32 @@ class PolynomialDecay(PruningSchedule):
         valid = isinstance(self.power, (int, float)) and math.isfinite(self.power) and self.power > 0
         _require(valid, f"`power` must be a positive number. Received: power={self.power!r}")
 
+    @classmethod
+    def from_epochs(
+        cls, final_sparsity: float = 0.9, *, epochs: int, steps_per_epoch: int, **kwargs: Any
+    ) -> PolynomialDecay:
+        """An early ramp: from 1 % to 20 % of `epochs`, in about 100 updates; the rest trains what is kept.
+
+        Where to end was chosen on the tasks of docs/results: later ends cost accuracy there.
+
+        Example:
+
+        >>> kbs.PolynomialDecay.from_epochs(0.9, epochs=40, steps_per_epoch=250).end_step
+        2000
+
+        Args:
+            final_sparsity: as for the class.
+            epochs: epochs of the whole training.
+            steps_per_epoch: optimizer updates in an epoch.
+            **kwargs: any other argument of the class, overriding these.
+        """
+        _check_step("epochs", epochs, minimum=1)
+        _check_step("steps_per_epoch", steps_per_epoch, minimum=1)
+        total = epochs * steps_per_epoch
+        begin, end = total // 100, total // 5
+        steps = {"begin_step": begin, "end_step": end, "frequency": max(1, (end - begin) // 100)}
+        return cls(final_sparsity=final_sparsity, **{**steps, **kwargs})
+
     def target(self, step: int) -> float:
         """See `PruningSchedule.target`."""
         length = self.end_step - self.begin_step

@@ -172,11 +172,22 @@ def test_from_epochs_takes_the_papers_heuristics():
     assert kbs.ThresholdRamp.from_epochs(0.1, epochs=20, steps_per_epoch=2700, end_step=50000).end_step == 50000
 
 
+def test_a_decay_from_epochs_ends_early():
+    schedule = kbs.PolynomialDecay.from_epochs(0.8, epochs=20, steps_per_epoch=2700)
+    assert (schedule.begin_step, schedule.end_step, schedule.frequency) == (540, 10800, 102)
+    assert schedule(10800) == (True, 0.8)
+    later = kbs.PolynomialDecay.from_epochs(epochs=20, steps_per_epoch=2700, begin_step=0, end_step=50000, power=1.0)
+    assert (later.final_sparsity, later.begin_step, later.end_step, later.power) == (0.9, 0, 50000, 1.0)
+
+
 @given(epochs=st.integers(1, 40), steps=st.integers(1, 40))
 @fast
 def test_from_epochs_makes_a_schedule_however_short_the_training(epochs, steps):
     schedule = kbs.ThresholdRamp.from_epochs(0.1, epochs=epochs, steps_per_epoch=steps)
     assert schedule.begin_step <= schedule.ramp_step <= schedule.end_step <= max(epochs * steps, 1)
+    decay = kbs.PolynomialDecay.from_epochs(0.9, epochs=epochs, steps_per_epoch=steps)
+    assert decay.end_step <= epochs * steps
+    assert decay(decay.end_step) == (True, 0.9)
 
 
 def built_model() -> keras.Model:
