@@ -114,7 +114,8 @@ class Bar:
         bar = self.text.format(f"{sign} {self.format(self.bound)}")
         if self.measured is None:
             return self.work, bar, "not measured", self.detail, "-"
-        verdict = "met" if self.met else f"MISSED, {100 * self.shortfall():.2g}% off"
+        off = f", {100 * self.shortfall():.2g}% off" if self.bound else ""  # of nothing there is no share
+        verdict = "met" if self.met else f"MISSED{off}"
         return self.work, bar, self.format(self.measured), self.detail, verdict
 
     def shortfall(self) -> float:

@@ -235,6 +235,7 @@ def test_figures_are_means_with_standard_errors():
     assert gain.mean == pytest.approx((1.1 - 1.25) / 1.1)
     assert gain.error == pytest.approx(1.25 / 1.1 * math.hypot(0.05 / 1.25, 0.1 / math.sqrt(3) / 1.1))
     assert gain.percent().startswith("-13.6 ± ")
+    assert summary.Figure.of([-0.0004]).percent() == "+0.0 %"
     assert summary.Figure.of([2.0]).text(1) == "2.0"
 
 

@@ -40,6 +40,7 @@ def test_a_bar_just_missed_does_not_read_as_its_bound():
     row = Bar("a product", "{} of the peak", 0.9, 0.898, unit="%").row()
     assert row[2] == "89.8%"
     assert row[-1].startswith("MISSED")
+    assert Bar("a gain", "gain {}", 0.0, -0.012, unit="%").row()[-1] == "MISSED"
 
 
 def test_a_page_has_the_bars_first_then_pictures_then_tables(tmp_path):

@@ -37,7 +37,7 @@ class Figure:
     def percent(self) -> str:
         """As in "-8.8 ± 0.5 %"."""
         spread = "" if math.isnan(self.error) else f" ± {100 * self.error:.1f}"
-        return f"{100 * self.mean:+.1f}{spread} %"
+        return f"{round(100 * self.mean, 1) + 0.0:+.1f}{spread} %"  # + 0.0: no "-0.0"
 
 
 @dataclass(frozen=True)

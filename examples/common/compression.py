@@ -132,7 +132,7 @@ ALGORITHMS = {
     "bp": Compression(schedule="threshold"),
     "glp": Compression(schedule="threshold", group_lasso=3e-5),
     "gl": Compression(schedule="cut", group_lasso=1e-4),
-    "ours": Compression(),
+    "ours": Compression(score="l2"),
 }
 
 
