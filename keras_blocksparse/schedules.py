@@ -182,7 +182,7 @@ class PolynomialDecay(PruningSchedule):
     ) -> PolynomialDecay:
         """An early ramp: from 1 % to 20 % of `epochs`, in about 100 updates; the rest trains what is kept.
 
-        Where to end was chosen on the tasks of docs/results: later ends cost accuracy there.
+        Where to end was chosen on the dev set of the characters in docs/results.
 
         Example:
 
