@@ -230,7 +230,8 @@ class Pruner:
             are counted.
 
     Raises:
-        ValueError: nothing in the model is under pruning, or no block fits any weight.
+        ValueError: nothing in the model is under pruning, no block fits any weight, or there is group lasso in a
+            `keras.distillation.Distiller`, which leaves regularizers out of its loss.
     """
 
     def __init__(self, model: Any, optimizer: Any = None) -> None:
@@ -248,6 +249,13 @@ class Pruner:
         self.refresh()
         if not self._targets:
             self._raise_nothing_to_drive()
+        distiller = getattr(getattr(keras, "distillation", None), "Distiller", ())  # of Keras 3.12
+        if self._regularizers and isinstance(model, distiller):
+            raise ValueError(
+                "keras.distillation.Distiller leaves regularizers out of its loss, so group lasso would do nothing. "
+                "Prune the student without `group_lasso`, or add its `losses` in a training step of your own and give "
+                "the student to `Pruner`"
+            )
         self.resume()
 
     def refresh(self) -> None:

@@ -238,3 +238,32 @@ def test_masks_move_only_when_the_schedule_says_so():
     same = [all(np.array_equal(a, b) for a, b in zip(masks[i], masks[i + 1], strict=True)) for i in range(7)]
     # between steps 1-2, 2-3, ...: updates at 2, 4 and 6
     assert same == [False, True, False, True, False, True, True]
+
+
+def taught(student: keras.Model) -> tuple[keras.Model, keras.Model]:
+    """A distiller around a student, and its teacher."""
+    if not hasattr(keras, "distillation"):
+        pytest.skip("keras.distillation is of Keras 3.12")
+    teacher = keras.Sequential([keras.Input((4, 8)), layers.GRU(12), layers.Dense(3)])
+    distiller = keras.distillation.Distiller(
+        teacher, student, keras.distillation.LogitsDistillation(temperature=1.0), student_loss_weight=0.4
+    )
+    distiller.compile("sgd", "mse")
+    return distiller, teacher
+
+
+def test_the_student_of_a_distiller_is_pruned_and_its_teacher_is_not():
+    student = model_with(decay(1, 7))
+    distiller, teacher = taught(student)
+    before = teacher.get_weights()
+    assert not fit(distiller)
+    assert_all(student, 0.75)
+    for weight, old in zip(teacher.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, old)
+
+
+def test_group_lasso_that_a_distiller_would_leave_out_is_refused():
+    student = keras.Sequential([keras.Input((4, 8)), layers.GRU(12), layers.Dense(3)])
+    kbs.prune_low_magnitude_block(student, decay(1, 7), BLOCK, filters="gru", group_lasso=1e-3)
+    with pytest.raises(ValueError, match="leaves regularizers out"):
+        fit(taught(student)[0])
