@@ -48,8 +48,11 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     )
     steps = data.windows_in(corpus.train, settings.length) // settings.batch
 
+    teacher = fitting.teacher_of(model, settings.cell, settings)
+
     def batches(first_epoch: int) -> Any:
-        return data.training_batches(corpus.train, settings.batch, settings.length, settings.seed, first_epoch)
+        found = data.training_batches(corpus.train, settings.batch, settings.length, settings.seed, first_epoch)
+        return found if teacher is None else found.map(lambda x, y: (x, (y, teacher(x, training=False))))
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     course = fitting.fit(model, loss, batches, steps, settings.cell, settings, output, console)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import keras_blocksparse as kbs
 from examples.common.files import write_json
-from examples.common.native import NativeLoop, native_loop
+from examples.common.native import NativeLoop, native_loop, stay_on_native_loop
 from examples.common.settings import Settings
 from examples.common.student import Student
 from keras_blocksparse.variables import updates_of
@@ -75,18 +75,14 @@ def fit(
         console: where progress is shown.
 
     Raises:
-        SystemExit: `folder` holds the state of a training with other settings, or a file to begin with or to learn from
-            is of another network.
+        SystemExit: `folder` holds the state of a training with other settings, or a file to begin with is of another
+            network.
     """
     epochs, compression, label = settings.epochs, settings.compression, settings.label
     model.compile(optimizer(settings, epochs * max(1, steps_per_epoch)), loss)
     layers = pruned_layers(model, filters)
     if settings.start_from is not None:
         _start_from(model, settings.start_from)
-    if settings.teacher is not None:
-        teacher = keras.saving.load_model(settings.teacher, compile=False)
-        model.teach(teacher, settings.teacher_share)
-        layers += pruned_layers(teacher, filters)
     if compression is not None:
         compression.prune(model, filters, epochs, steps_per_epoch)
     state = _State(folder / "unfinished", dataclasses.asdict(settings))
@@ -112,6 +108,32 @@ def fit(
             kbs.Pruner(model).prune_now(compression.sparsity)
         kbs.strip_pruning(model)
     return course
+
+
+def teacher_of(model: Student, filters: str, settings: Settings) -> keras.Model | None:
+    """The trained network to learn from, if `settings` name one; `model` then expects its logits as targets, too.
+
+    Args:
+        model: built.
+        filters: regex of the layers that compute on the native loop if `settings` say so.
+        settings: what the training is asked to be.
+
+    Raises:
+        SystemExit: the teacher is of another task.
+    """
+    if settings.teacher is None:
+        return None
+    teacher = keras.saving.load_model(settings.teacher, compile=False)
+    if teacher.output_shape != model.output_shape or teacher.input_shape != model.input_shape:
+        raise SystemExit(
+            f"--teacher: {settings.teacher} is of another task: it maps {teacher.input_shape} to"
+            f" {teacher.output_shape}, expected {model.input_shape} to {model.output_shape}."
+        )
+    teacher.trainable = False
+    if settings.native_loop:
+        stay_on_native_loop(pruned_layers(teacher, filters))
+    model.share = settings.teacher_share
+    return teacher
 
 
 def _start_from(model: keras.Model, path: str) -> None:

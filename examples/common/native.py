@@ -67,6 +67,12 @@ class NativeLoop:
         return run_natively(self.layer, self.cell, *packed, sequences, initial_state, mask, training)
 
 
+def stay_on_native_loop(layers: list[Any]) -> None:
+    """As `native_loop`, for good."""
+    for loop in [NativeLoop(layer) for layer in layers]:
+        loop.layer.inner_loop = loop
+
+
 @contextmanager
 def native_loop(layers: list[Any]) -> Iterator[list[NativeLoop]]:
     """Within it, recurrent Keras layers compute, and are trained, by one native call for a whole sequence.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
+from rich.console import Console
+from rich.progress import Progress
 
-from examples.speech_ctc.features import MELS, Features
+from examples.speech_ctc.features import MELS, SUBSAMPLING, Features
 
 #: Number of the blank, and of what fills up shorter labels.
 BLANK = 0
@@ -50,10 +54,47 @@ def plan(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[np.ndar
     return batches if epoch == 0 else [batches[n] for n in random.permutation(count)]
 
 
+def lessons(teacher: keras.Model, features: Features, folder: Path, console: Console) -> dict[int, np.ndarray]:
+    """What a teacher says of the utterances to train on, as they are without masks, computed once.
+
+    Args:
+        teacher: maps frames to logits.
+        features: what to train on.
+        folder: where it is kept while it is needed, so that it need not fit into memory.
+        console: where progress is shown.
+
+    Returns:
+        For each utterance the logits, `float16[ceil(frames / 4), 1 + alphabet]`.
+    """
+    numbers = features.numbers("train")
+    lengths = -(-features.length[numbers] // SUBSAMPLING)
+    ends = np.cumsum(lengths)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (int(ends[-1]), teacher.output_shape[-1])
+    every = np.lib.format.open_memmap(folder / "lessons.npy", "w+", np.float16, shape)
+    found = {n: every[end - length : end] for n, end, length in zip(numbers, ends, lengths, strict=True)}
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Listening to the teacher", total=len(numbers))
+        for chosen, frames in _padded(features, numbers, 32):
+            for n, logits in zip(chosen, teacher.predict_on_batch(frames), strict=True):
+                found[n][:] = logits[: len(found[n])]
+            progress.advance(task, len(chosen))
+    return found
+
+
 def training_batches(
-    features: Features, alphabet: str, batch: int, seed: int, first_epoch: int = 0, augment: bool = True
+    features: Features,
+    alphabet: str,
+    batch: int,
+    seed: int,
+    first_epoch: int = 0,
+    augment: bool = True,
+    lessons: dict[int, np.ndarray] | None = None,
 ) -> tf.data.Dataset:
     """Batches `(frames, labels)` without end, `float32[batch, time, 64]` and `int32[batch, characters]`.
+
+    With `lessons` they are `(frames, (labels, logits))`, the latter `float16[batch, ceil(time / 4), 1 + alphabet]`, 0
+    after an utterance's end.
 
     Args:
         features: what to train on.
@@ -62,36 +103,55 @@ def training_batches(
         seed: gives the order.
         first_epoch: the epoch to begin with.
         augment: whether frames get SpecAugment's masks (Park et al. 2019); needs tensorflow-io.
+        lessons: see there.
     """
     numbers = features.numbers("train")
     if batch > len(numbers):
         raise SystemExit(f"--batch {batch} is more than the {len(numbers)} utterances to train on.")
 
-    def utterances() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def utterances() -> Iterator[tuple[np.ndarray, Any]]:
         for epoch in itertools.count(first_epoch):
             for chosen in plan(features.length[numbers], batch, seed, epoch):
                 for n in numbers[chosen]:
-                    yield features.of(n), label(features.text[n], alphabet)
+                    written = label(features.text[n], alphabet)
+                    yield _whole(features.of(n)), written if lessons is None else (written, lessons[n])
 
-    spec = (tf.TensorSpec([None, MELS], tf.float32), tf.TensorSpec([None], tf.int32))
-    dataset = tf.data.Dataset.from_generator(utterances, output_signature=spec)
+    spec: Any = tf.TensorSpec([None], tf.int32)
+    padding: Any = BLANK
+    if lessons is not None:
+        spec = spec, tf.TensorSpec([None, 1 + len(alphabet)], tf.float16)
+        padding = padding, np.float16(0)
+    frames = tf.TensorSpec([None, MELS], tf.float32)
+    dataset = tf.data.Dataset.from_generator(utterances, output_signature=(frames, spec))
     if augment:
-        dataset = dataset.map(_spec_augment())
-    dataset = dataset.padded_batch(batch, padding_values=(SILENCE, BLANK), drop_remainder=True)
+        mask = _spec_augment()
+        dataset = dataset.map(lambda x, y: (mask(x), y))
+    dataset = dataset.padded_batch(batch, padding_values=(SILENCE, padding), drop_remainder=True)
     return dataset.prefetch(4)
+
+
+def _whole(frames: np.ndarray) -> np.ndarray:
+    # Convolutions with strides begin elsewhere if something is left over: outputs would depend on the batch.
+    return np.pad(frames, ((0, -len(frames) % SUBSAMPLING), (0, 0)), constant_values=SILENCE)
+
+
+def _padded(features: Features, numbers: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches `(utterances, frames)`, from short to long."""
+    numbers = numbers[np.argsort(features.length[numbers], kind="stable")]
+    for start in range(0, len(numbers), batch):
+        chosen = numbers[start : start + batch]
+        longest = int(features.length[chosen].max())
+        frames = np.full((len(chosen), longest + -longest % SUBSAMPLING, MELS), SILENCE, np.float32)
+        for row, n in zip(frames, chosen, strict=True):
+            row[: features.length[n]] = features.of(n)
+        yield chosen, frames
 
 
 def scored_batches(
     features: Features, split: str, batch: int = 32
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
     """Batches `(frames, lengths, texts)` of a whole split, from short to long."""
-    numbers = features.numbers(split)
-    numbers = numbers[np.argsort(features.length[numbers], kind="stable")]
-    for start in range(0, len(numbers), batch):
-        chosen = numbers[start : start + batch]
-        frames = np.full((len(chosen), features.length[chosen].max(), MELS), SILENCE, np.float32)
-        for row, n in zip(frames, chosen, strict=True):
-            row[: features.length[n]] = features.of(n)
+    for chosen, frames in _padded(features, features.numbers(split), batch):
         yield frames, features.length[chosen], [features.text[n] for n in chosen]
 
 
@@ -105,12 +165,12 @@ def _spec_augment() -> Any:
             'SpecAugment is done by tensorflow-io: pip install "keras_blocksparse[audio]", or give --no-augment.'
         ) from error
 
-    def augment(frames: Any, labels: Any) -> Any:
+    def mask(frames: Any) -> Any:
         for _ in range(MASKS):
             frames = tfio.audio.freq_mask(frames, FREQUENCIES)
             # Half of the utterance at most.
             widest = tf.minimum(TIMES, tf.shape(frames)[0] // 2)
             frames = tfio.audio.time_mask(frames, tf.maximum(widest, 1))
-        return frames, labels
+        return frames
 
-    return augment
+    return mask

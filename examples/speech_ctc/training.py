@@ -58,13 +58,15 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
         len(alphabet), settings.cell, settings.units, settings.layers, settings.channels, settings.dropout
     )
     steps = count // settings.batch
+    filters = f"{settings.cell}_"
+    teacher = fitting.teacher_of(model, filters, settings)
+    lessons = None if teacher is None else pipeline.lessons(teacher, features, output / "unfinished", console)
 
     def batches(first_epoch: int) -> Any:
         return pipeline.training_batches(
-            features, alphabet, settings.batch, settings.seed, first_epoch, settings.augment
+            features, alphabet, settings.batch, settings.seed, first_epoch, settings.augment, lessons
         )
 
-    filters = f"{settings.cell}_"
     course = fitting.fit(model, network.CTC(), batches, steps, filters, settings, output, console)
     model = model.plain()
     scores = {}

@@ -117,3 +117,7 @@ def test_smoke(text, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Bits per character: " in out
     assert "smaller than dense float32" in out
+    main(["--preset", "smoke", "--text", str(text), "--units", "16", "--no-export", "--teacher",
+          str(tmp_path / "out/model.keras"), "--teacher-share", "1", "--output", str(tmp_path / "taught")])  # fmt: skip
+    losses = json.loads((tmp_path / "taught/result.json").read_text())["course"]["losses"]
+    assert 0 < losses[-1] < losses[0]

@@ -134,14 +134,18 @@ def samples(count=64):
     return random.normal(size=(count, 5, 8)).astype("float32"), random.normal(size=(count, 2)).astype("float32")
 
 
-def fit(model, folder, how, data=None, epochs=5, **others):
-    x, y = samples()
-    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat()
-    asked = fitting.Settings(
-        **{"cell": "gru", "units": 16, "layers": 1, "dropout": 0.0, "epochs": epochs, "batch": 8, "learning_rate": 0.05,
+def settings_of(how, **others):
+    return fitting.Settings(
+        **{"cell": "gru", "units": 16, "layers": 1, "dropout": 0.0, "epochs": 5, "batch": 8, "learning_rate": 0.05,
            "weight_decay": 0.0, "seed": 0, "start_from": None, "teacher": None, "teacher_share": 0.5,
            "native_loop": False, "evaluate": "dev", "compression": how, **others}
     )  # fmt: skip
+
+
+def fit(model, folder, how, data=None, **others):
+    x, y = samples()
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat()
+    asked = settings_of(how, **others)
     loss = keras.losses.MeanSquaredError()
     return fitting.fit(model, loss, data or (lambda first: batches), 8, "gru", asked, folder, Console(quiet=True))
 
@@ -258,25 +262,50 @@ def test_a_training_begins_with_the_weights_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("sums", [False, True])
-def test_a_student_learns_from_its_teacher_beside_the_targets(sums):
+def test_a_student_learns_from_its_teachers_logits_beside_the_targets(sums):
     inputs = keras.Input((3, 4))
-    student, teacher = (Student(inputs, keras.layers.Dense(5)(inputs)) for _ in range(2))
+    student = Student(inputs, keras.layers.Dense(5)(inputs))
     student.sums = sums
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     student.compile("sgd", loss)
-    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 3, 4)).astype("float32")
     y = np.array([[0, 1, 2], [3, 4, 0]])
     z = student(x)
     assert float(student.compute_loss(x, y, z)) == pytest.approx(float(loss(y, z)))
-    student.teach(teacher, 0.25)
-    log_p, log_q = (np.asarray(keras.ops.log_softmax(m(x)), np.float64) for m in (teacher, student))
+    student.share = 0.25
+    meant = random.normal(size=(2, 3, 5)).astype("float16")
+    meant[1, 2] = 0  # padding
+    log_p, log_q = (np.asarray(keras.ops.log_softmax(m), np.float64) for m in (meant.astype("float32"), z))
     divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    divergence[1, 2] = 0
     divergence = divergence.sum(-1).mean() if sums else divergence.mean()
-    assert float(student.compute_loss(x, y, z)) == pytest.approx(0.75 * float(loss(y, z)) + 0.25 * divergence, rel=1e-5)
-    assert len(student.trainable_variables) == 2
+    found = float(student.compute_loss(x, (y, meant), z))
+    assert found == pytest.approx(0.75 * float(loss(y, z)) + 0.25 * divergence, rel=1e-5)
     assert type(student.plain()) is not Student
-    with pytest.raises(SystemExit, match="The teacher is of another task"):
-        student.teach(Student(inputs, keras.layers.Dense(6)(inputs)), 0.5)
+
+
+@pytest.mark.parametrize("native_loop", [False, True])
+def test_a_student_that_learns_from_its_teacher_alone_becomes_it(tmp_path, native_loop):
+    network(seed=3).plain().save(tmp_path / "teacher.keras")
+    model = network()
+    x, _ = samples()
+    asked = {"teacher": str(tmp_path / "teacher.keras"), "teacher_share": 1.0, "native_loop": native_loop}
+    teacher = fitting.teacher_of(model, "gru", settings_of(None, **asked))
+    assert not teacher.trainable_variables
+    batches = tf.data.Dataset.from_tensor_slices((x, (np.zeros((64, 2), "float32"), teacher(x)))).batch(8).repeat()
+
+    def divergence():
+        meant, said = (np.asarray(keras.ops.log_softmax(m(x))) for m in (teacher, model))
+        return (np.exp(meant) * (meant - said)).sum(-1).mean()
+
+    before = divergence()
+    course = fit(model, tmp_path, None, lambda first: batches, epochs=20, **asked)
+    assert divergence() < before / 10
+    assert course.losses[-1] < course.losses[0] / 5
+    other = Student(model.inputs, keras.layers.Dense(3)(model.inputs[0]))
+    with pytest.raises(SystemExit, match="--teacher: .*teacher.keras is of another task"):
+        fitting.teacher_of(other, "gru", settings_of(None, **asked))
 
 
 def test_files_that_are_not_there_are_named():

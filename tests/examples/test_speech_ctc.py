@@ -284,6 +284,27 @@ def test_training_batches_are_padded_and_go_on_with_any_epoch(tmp_path):
         pipeline.training_batches(found, alphabet, 40, seed=0)
 
 
+def test_a_teachers_lessons_are_what_it_says_of_each_utterance(tmp_path):
+    found = small_features(tmp_path)
+    teacher = network.build(5, "gru", 8, depth=1, channels=4)
+    lessons = pipeline.lessons(teacher, found, tmp_path, QUIET)
+    numbers = found.numbers("train")
+    assert sorted(lessons) == sorted(numbers)
+    frames, (labels, logits) = next(
+        pipeline.training_batches(found, " abcd", 4, seed=1, augment=False, lessons=lessons).as_numpy_iterator()
+    )
+    assert frames.shape[1] == 4 * logits.shape[1]
+    assert labels.shape[0] == 4
+    said = teacher.predict_on_batch(frames)
+    (chosen, *_) = pipeline.plan(found.length[numbers], 4, 1, 0)
+    for n, own, expected in zip(numbers[chosen], logits, said, strict=True):
+        length = -(-found.length[n] // 4)
+        sure = length - network.LOOKAHEAD - 4  # its end hears how much silence follows: in a batch, up to the longest
+        np.testing.assert_allclose(own[:sure], expected[:sure], atol=2e-3)
+        np.testing.assert_array_equal(own[:length], lessons[n])
+        assert (own[length:] == 0).all()
+
+
 def test_spec_augment_masks_bands_and_times_and_nothing_else(tmp_path):
     pytest.importorskip("tensorflow_io")
     found = small_features(tmp_path)
@@ -468,6 +489,13 @@ def test_smoke(tmp_path, capsys):
     assert json.loads((tmp_path / "out/export.json").read_text())["fast"]["fused"]
     assert keras.saving.load_model(tmp_path / "out/model.keras")(np.zeros((1, 40, 64), "float32")).shape == (1, 10, 6)
     assert "Character error rate: " in capsys.readouterr().out
+    main(["--preset", "smoke", "--data", f"manifest:{path}", "--epochs", "1", "--cache", str(tmp_path / "cache"),
+          "--native-loop", "--no-export", "--teacher", str(tmp_path / "out/model.keras"), "--teacher-share", "1",
+          "--start-from", str(tmp_path / "out/model.keras"), "--algorithm", "dense",
+          "--output", str(tmp_path / "taught")])  # fmt: skip
+    taught = json.loads((tmp_path / "taught/result.json").read_text())
+    assert taught["course"]["losses"][0] < losses[2] / 10  # it begins as its teacher, and stays near it
+    assert not (tmp_path / "taught/unfinished").exists()
 
 
 def test_smoke_of_the_bidirectional_network(tmp_path, verses):
