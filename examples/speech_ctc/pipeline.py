@@ -54,7 +54,7 @@ def plan(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[np.ndar
     return batches if epoch == 0 else [batches[n] for n in random.permutation(count)]
 
 
-def lessons(teacher: keras.Model, features: Features, folder: Path, console: Console) -> dict[int, np.ndarray]:
+def lessons(teacher: keras.Model, features: Features, folder: Path, console: Console) -> dict[int, list[np.ndarray]]:
     """What a teacher says of the utterances to train on, as they are without masks, computed once.
 
     Args:
@@ -64,21 +64,23 @@ def lessons(teacher: keras.Model, features: Features, folder: Path, console: Con
         console: where progress is shown.
 
     Returns:
-        For each utterance the logits, `float16[ceil(frames / 4), 1 + alphabet]`.
+        For each utterance and each number of frames that it can begin late, the logits,
+        `float16[ceil((late + frames) / 4), 1 + alphabet]`.
     """
     numbers = features.numbers("train")
-    lengths = -(-features.length[numbers] // SUBSAMPLING)
-    ends = np.cumsum(lengths)
+    lengths = np.array([[_outputs(features.length[n], late) for late in range(SUBSAMPLING)] for n in numbers])
     folder.mkdir(parents=True, exist_ok=True)
-    shape = (int(ends[-1]), teacher.output_shape[-1])
+    shape = (int(lengths.sum()), teacher.output_shape[-1])
     every = np.lib.format.open_memmap(folder / "lessons.npy", "w+", np.float16, shape)
-    found = {n: every[end - length : end] for n, end, length in zip(numbers, ends, lengths, strict=True)}
+    parts = iter(np.split(every, np.cumsum(lengths)[:-1]))
+    found = {n: [next(parts) for _ in range(SUBSAMPLING)] for n in numbers}
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Listening to the teacher", total=len(numbers))
-        for chosen, frames in _padded(features, numbers, 32):
-            for n, logits in zip(chosen, teacher.predict_on_batch(frames), strict=True):
-                found[n][:] = logits[: len(found[n])]
-            progress.advance(task, len(chosen))
+        task = progress.add_task("Listening to the teacher", total=len(numbers) * SUBSAMPLING)
+        for late in range(SUBSAMPLING):
+            for chosen, frames in _padded(features, numbers, 32, late):
+                for n, logits in zip(chosen, teacher.predict_on_batch(frames), strict=True):
+                    found[n][late][:] = logits[: len(found[n][late])]
+                progress.advance(task, len(chosen))
     return found
 
 
@@ -89,12 +91,13 @@ def training_batches(
     seed: int,
     first_epoch: int = 0,
     augment: bool = True,
-    lessons: dict[int, np.ndarray] | None = None,
+    lessons: dict[int, list[np.ndarray]] | None = None,
 ) -> tf.data.Dataset:
     """Batches `(frames, labels)` without end, `float32[batch, time, 64]` and `int32[batch, characters]`.
 
-    With `lessons` they are `(frames, (labels, logits))`, the latter `float16[batch, ceil(time / 4), 1 + alphabet]`, 0
-    after an utterance's end.
+    An utterance begins 0 to 3 frames late, at random: an output is then made of other frames, and what is heard differs
+    from epoch to epoch. With `lessons` batches are `(frames, (labels, logits))`, the latter
+    `float16[batch, ceil(time / 4), 1 + alphabet]`, 0 after an utterance's end.
 
     Args:
         features: what to train on.
@@ -111,10 +114,14 @@ def training_batches(
 
     def utterances() -> Iterator[tuple[np.ndarray, Any]]:
         for epoch in itertools.count(first_epoch):
+            random = np.random.default_rng([seed, epoch, 1])
             for chosen in plan(features.length[numbers], batch, seed, epoch):
                 for n in numbers[chosen]:
+                    late = int(random.integers(SUBSAMPLING))
+                    frames = _silence(1, SUBSAMPLING * _outputs(features.length[n], late))[0]
+                    frames[late : late + features.length[n]] = features.of(n)
                     written = label(features.text[n], alphabet)
-                    yield _whole(features.of(n)), written if lessons is None else (written, lessons[n])
+                    yield frames, written if lessons is None else (written, lessons[n][late])
 
     spec: Any = tf.TensorSpec([None], tf.int32)
     padding: Any = BLANK
@@ -130,20 +137,27 @@ def training_batches(
     return dataset.prefetch(4)
 
 
-def _whole(frames: np.ndarray) -> np.ndarray:
-    # Convolutions with strides begin elsewhere if something is left over: outputs would depend on the batch.
-    return np.pad(frames, ((0, -len(frames) % SUBSAMPLING), (0, 0)), constant_values=SILENCE)
+def _outputs(frames: int, late: int) -> int:
+    return -(-(late + int(frames)) // SUBSAMPLING)
 
 
-def _padded(features: Features, numbers: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches `(utterances, frames)`, from short to long."""
+def _silence(count: int, frames: int) -> np.ndarray:
+    return np.full((count, frames, MELS), SILENCE, np.float32)
+
+
+def _padded(
+    features: Features, numbers: np.ndarray, batch: int, late: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches `(utterances, frames)`, from short to long, padded to whole outputs.
+
+    Convolutions with strides begin elsewhere if something is left over, so that outputs would depend on the batch.
+    """
     numbers = numbers[np.argsort(features.length[numbers], kind="stable")]
     for start in range(0, len(numbers), batch):
         chosen = numbers[start : start + batch]
-        longest = int(features.length[chosen].max())
-        frames = np.full((len(chosen), longest + -longest % SUBSAMPLING, MELS), SILENCE, np.float32)
+        frames = _silence(len(chosen), SUBSAMPLING * _outputs(features.length[chosen].max(), late))
         for row, n in zip(frames, chosen, strict=True):
-            row[: features.length[n]] = features.of(n)
+            row[late : late + features.length[n]] = features.of(n)
         yield chosen, frames
 
 

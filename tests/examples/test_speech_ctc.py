@@ -267,6 +267,11 @@ def small_features(tmp_path, count=30):
     return features.extract(corpora.load(f"manifest:{manifest(tmp_path / 'corpus', count)}"), tmp_path / "cache", QUIET)
 
 
+def begun(row):
+    """How many frames late an utterance begins in a batch."""
+    return int(np.argmax((row != pipeline.SILENCE).any(-1)))
+
+
 def test_training_batches_are_padded_and_go_on_with_any_epoch(tmp_path):
     found = small_features(tmp_path)
     alphabet = pipeline.alphabet_of(found)
@@ -274,12 +279,16 @@ def test_training_batches_are_padded_and_go_on_with_any_epoch(tmp_path):
     batches = list(pipeline.training_batches(found, alphabet, 4, seed=1, augment=False).take(10).as_numpy_iterator())
     (chosen, *_) = pipeline.plan(found.length[found.numbers("train")], 4, 1, 0)
     frames, labels = batches[0]
+    assert frames.shape[1] % 4 == 0
     for row, text, n in zip(frames, labels, found.numbers("train")[chosen], strict=True):
-        np.testing.assert_array_equal(row[: found.length[n]], found.of(n))
-        assert (row[found.length[n] :] == pipeline.SILENCE).all()
+        late, spoken_frames = begun(row), found.length[n]
+        np.testing.assert_array_equal(row[late : late + spoken_frames], found.of(n))
+        assert (row[:late] == pipeline.SILENCE).all()
+        assert (row[late + spoken_frames :] == pipeline.SILENCE).all()
         assert "".join(alphabet[c - 1] for c in text if c) == found.text[n]
     resumed = pipeline.training_batches(found, alphabet, 4, seed=1, first_epoch=1, augment=False).as_numpy_iterator()
     np.testing.assert_array_equal(next(resumed)[0], batches[5][0])
+    assert {begun(row) for frames, _ in batches for row in frames} == {0, 1, 2, 3}
     with pytest.raises(SystemExit, match="--batch 40 is more than the 22 utterances"):
         pipeline.training_batches(found, alphabet, 40, seed=0)
 
@@ -297,11 +306,12 @@ def test_a_teachers_lessons_are_what_it_says_of_each_utterance(tmp_path):
     assert labels.shape[0] == 4
     said = teacher.predict_on_batch(frames)
     (chosen, *_) = pipeline.plan(found.length[numbers], 4, 1, 0)
-    for n, own, expected in zip(numbers[chosen], logits, said, strict=True):
-        length = -(-found.length[n] // 4)
+    for n, row, own, expected in zip(numbers[chosen], frames, logits, said, strict=True):
+        late = begun(row)
+        length = -(-(late + found.length[n]) // 4)
         sure = length - network.LOOKAHEAD - 4  # its end hears how much silence follows: in a batch, up to the longest
         np.testing.assert_allclose(own[:sure], expected[:sure], atol=2e-3)
-        np.testing.assert_array_equal(own[:length], lessons[n])
+        np.testing.assert_array_equal(own[:length], lessons[n][late])
         assert (own[length:] == 0).all()
 
 
