@@ -114,7 +114,8 @@ class Bar:
         bar = self.text.format(f"{sign} {self.format(self.bound)}")
         if self.measured is None:
             return self.work, bar, "not measured", self.detail, "-"
-        off = f", {100 * self.shortfall():.2g}% off" if self.bound else ""  # of nothing there is no share
+        # Two figures that count, without an exponent; of a bound of nothing there is no share.
+        off = f", {float(f'{100 * self.shortfall():.2g}'):g}% off" if self.bound else ""
         verdict = "met" if self.met else f"MISSED{off}"
         return self.work, bar, self.format(self.measured), self.detail, verdict
 

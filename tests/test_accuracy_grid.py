@@ -103,6 +103,11 @@ def test_a_grid_that_makes_no_sense_is_refused(file, change, message):
         grid.load(file)
 
 
+def test_a_network_can_do_with_fewer_seeds(file):
+    file.write_text(FILE.replace("options = {}", "options = {}\nseeds = 1"))
+    assert [run.name for run in grid.load(file)] == ["a/dense/0", "b/dense/0", "a/bp/0", "a/wide/0", "a/dense/1"]
+
+
 def test_runs_are_picked_by_name_with_what_they_need(file):
     runs = grid.load(file)
     assert [run.name for run in grid.pick(runs, "a/bp")] == ["a/dense/0", "a/bp/0"]

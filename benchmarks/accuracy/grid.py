@@ -57,7 +57,7 @@ def load(path: Path = GRID) -> list[Run]:
 
     A row's options are laid over its network's, and over those of the row that it is `like`. "$name" stands for the
     value of that name among the network's `values`; a row of which a network has not all is not for this network.
-    "@row" stands for the model of that row with the same network and seed.
+    "@row" stands for the model of that row with the same network and seed. A network may want fewer `seeds` than rows.
 
     Raises:
         ValueError: the file names a network or row that it does not have.
@@ -78,7 +78,7 @@ def load(path: Path = GRID) -> list[Run]:
         for name in row.get("networks", networks):
             network = networks[name]
             options = {**network["options"], **row["options"]}
-            for seed in range(row["seeds"]):
+            for seed in range(min(row["seeds"], network.get("seeds", row["seeds"]))):
                 filled = {key: _filled(value, name, network.get("values", {}), seed) for key, value in options.items()}
                 if None not in filled.values():
                     runs.append(Run(name, row["name"], seed, network["program"], filled))
