@@ -230,16 +230,25 @@ def test_a_damaged_results_file_is_refused(tmp_path):
         results.load(path)
 
 
+def cell(row, **scores):
+    return summary.Cell("a", row, [outcome(score) | {"run": f"a/{row}/{seed[1:]}"} for seed, score in scores.items()])
+
+
 def test_figures_are_means_with_standard_errors():
-    dense = summary.Cell("a", "dense", [outcome(score) for score in (1.0, 1.2, 1.1)])
-    sparse = summary.Cell("a", "bp", [outcome(score) for score in (1.2, 1.3)])
+    dense = cell("dense", s0=1.0, s1=1.2, s2=1.1)
     assert dense.score("test").mean == pytest.approx(1.1)
     assert dense.score("test").error == pytest.approx(0.1 / math.sqrt(3))
     assert dense.score("dev").text(2) == "1.10 ± 0.06"
+
+
+def test_gains_are_over_the_seeds_that_both_have():
+    dense, sparse = cell("dense", s0=1.0, s1=1.2, s2=7.0), cell("bp", s0=1.2, s1=1.3)
     gain = sparse.gain(dense, "test")
     assert gain.mean == pytest.approx((1.1 - 1.25) / 1.1)
-    assert gain.error == pytest.approx(1.25 / 1.1 * math.hypot(0.05 / 1.25, 0.1 / math.sqrt(3) / 1.1))
+    assert gain.error == pytest.approx(1.25 / 1.1 * math.hypot(0.05 / 1.25, 0.1 / 1.1))
     assert gain.percent().startswith("-13.6 ± ")
+    other = cell("gl", s5=2.0).gain(cell("dense", s0=1.0, s1=3.0), "test")  # none in common: all there are
+    assert other.mean == 0
     assert summary.Figure.of([-0.0004]).percent() == "+0.0 %"
     assert summary.Figure.of([2.0]).text(1) == "2.0"
 
@@ -268,10 +277,10 @@ def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch
     tables.write_pages(runs, tmp_path / "docs", file, path)
     text = (tmp_path / "docs/a.md").read_text()
     assert "3 of 4 runs are done" in text
-    assert "| bp (1 seed) | 2 k | 0 k | 90.0 % | 1.1100 | -0.9 % |" in text.replace("0.5 k", "0 k")
+    assert "| bp (1 seed) | 2 k | 0 k | 90.0 % | 1.1100 | -11.0 % |" in text.replace("0.5 k", "0 k")
     assert "| dense (2 seeds) | 2 k | 0 k | 90.0 % | 1.1000 ± 0.1000 | 0 |" in text
     assert "| wide | not run yet |" in text
-    assert "| bp against dense | loss <= 2% | 0.909% |" in text
+    assert "| bp against dense | loss <= 2% | 11% |" in text
     assert "| wide against dense | gain >= 5% | not measured |" in text
     assert "The blocks that are kept, of bp." in text
     assert (tmp_path / "docs/a-course.svg").exists()

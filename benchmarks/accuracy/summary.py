@@ -58,15 +58,32 @@ class Cell:
         """Errors or bits: the smaller, the better."""
         return Figure.of([result["scores"][split] for result in self.results])
 
+    @property
+    def seeds(self) -> set[str]:
+        """With which it was run."""
+        return {_seed(result) for result in self.results}
+
+    def with_seeds(self, seeds: set[str]) -> Cell:
+        """The same row, without the runs with other seeds."""
+        return Cell(self.network, self.row, [result for result in self.results if _seed(result) in seeds])
+
     def mean(self, key: str) -> float:
         """Of a count or share in the results."""
         return statistics.fmean(result[key] for result in self.results)
 
     def gain(self, dense: Cell, split: str) -> Figure:
-        """The paper's relative figure, (dense - this) / dense; its error is made of those of both."""
-        ours, theirs = self.score(split), dense.score(split)
+        """The paper's relative figure, (dense - this) / dense; its error is made of those of both.
+
+        Of the seeds that both were run with, if there are any: others would move the figure by which seeds they are.
+        """
+        common = self.seeds & dense.seeds
+        ours, theirs = (cell.with_seeds(common or cell.seeds).score(split) for cell in (self, dense))
         ratio = ours.mean / theirs.mean
         return Figure(1 - ratio, ratio * math.hypot(ours.error / ours.mean, theirs.error / theirs.mean))
+
+
+def _seed(result: dict[str, Any]) -> str:
+    return result["run"].rpartition("/")[2]
 
 
 def cells(runs: Sequence[Run], found: dict[str, dict[str, Any]]) -> dict[tuple[str, str], Cell]:

@@ -17,11 +17,11 @@ COMMAND = (
 )
 LEAD = """\
 Every line is the mean over seeds and, where there is more than one, its standard error. *Relative* is the paper's
-figure, (dense - this) / dense of the score: negative is worse than dense. *Kept* counts what is not pruned away, of all
-parameters; *zero* is the share of zeros in the recurrent layers, which are what is pruned. Settings were chosen on dev;
-test was scored for this page. Files are float32; latencies are those of 200 time steps on one thread, stock files on
-the quickest stock runtime, fast ones with the delegate; in brackets how many times smaller and quicker than the dense
-network's stock file."""
+figure, (dense - this) / dense of the score, of the seeds that both were run with: negative is worse than dense.
+*Kept* counts what is not pruned away, of all parameters; *zero* is the share of zeros in the recurrent layers, which
+are what is pruned. Settings were chosen on dev; test was scored for this page. Files are float32; latencies are those
+of 200 time steps on one thread, stock files on the quickest stock runtime, fast ones with the delegate; in brackets
+how many times smaller and quicker than the dense network's stock file."""
 
 
 def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_path: Path = results.RESULTS) -> None:
