@@ -147,7 +147,7 @@ class BlockGrid:
             raise ValueError(f"This grid cuts a weight of shape {self.shape}. Received: shape={weight.shape}")
         return weight.reshape(self.rows, self.gates, self.cols).swapaxes(0, 1)
 
-    def scores(self, weight: np.ndarray, score: Score = "max") -> np.ndarray:
+    def scores(self, weight: np.ndarray, score: Score = "l2") -> np.ndarray:
         """One number a block: the larger, the more the block matters.
 
         Args:

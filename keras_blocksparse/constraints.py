@@ -31,7 +31,7 @@ class PruningSettings:
 
     schedule: Any
     block_size: blocks.BlockSize = (16, 16)
-    score: blocks.Score = "max"
+    score: blocks.Score = "l2"
     distribution: distributions.Distribution = dataclasses.field(default_factory=distributions.Uniform)
     keep_diagonal: bool = False
     revival: bool = True
@@ -51,7 +51,7 @@ class PruningSettings:
                 f"Received: pruning_schedule={schedule!r}"
             )
         object.__setattr__(self, "block_size", blocks.check_block_size(self.block_size))
-        score = "max" if isinstance(self.score, LostObject) else self.score
+        score = "l2" if isinstance(self.score, LostObject) else self.score
         object.__setattr__(self, "score", blocks.check_score(score))
         object.__setattr__(self, "distribution", distributions.get(self.distribution))
         for name in ("keep_diagonal", "revival"):

@@ -323,5 +323,5 @@ def _blocks(name: str, role: str, matrix: np.ndarray, gates: tuple[str, ...]) ->
     kept_parameters = tuple(int(np.count_nonzero(part)) for part in np.split(matrix, count, axis=1))
     return WeightSparsity(
         layer=name, weight=role, gates=gates, shape=matrix.shape, kept_parameters=kept_parameters, grid=grid, kept=kept,
-        scores=grid.scores(matrix, "max"),
+        scores=grid.scores(matrix),
     )  # fmt: skip

@@ -317,7 +317,7 @@ def measure(
         grid = BlockGrid(array.shape, block_size, len(spec.gates), spec.row_axes)
     except ValueError as error:
         return dataclasses.replace(found, note=str(error))
-    score = constraint.settings.score if constraint is not None else "max"
+    score = constraint.settings.score if constraint is not None else "l2"
     return dataclasses.replace(found, grid=grid, kept=grid.nonzero_blocks(array), scores=grid.scores(array, score))
 
 

@@ -166,9 +166,9 @@ def test_prune_now_by_threshold():
     layer = layers.Dense(16)
     layer.build((None, 16))
     kbs.prune_low_magnitude_block(layer, HALF, BLOCK)
-    expected = np.mean([np.abs(block).max() < 0.39 for block in cut(layer.kernel.numpy(), BLOCK)])
+    expected = np.mean([np.sqrt((block**2).mean()) < 0.25 for block in cut(layer.kernel.numpy(), BLOCK)])
     assert 0 < expected < 1
-    assert kbs.Pruner(layer).prune_now(threshold=0.39) == pytest.approx(expected)
+    assert kbs.Pruner(layer).prune_now(threshold=0.25) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -342,10 +342,13 @@ def test_bp_gl_and_glp_each_from_one_argument():
 def test_gl_cuts_the_small_blocks_by_a_threshold():
     model = kbs.prune_low_magnitude_block(gru_model(), None, BLOCK, group_lasso=0.05, filters="gru")
     fit(model)
-    norms = [
-        np.abs(b).max() for v, g in pruned_weights(model) for m in split_gates(v.numpy(), g) for b in cut(m, BLOCK)
+    energies = [
+        np.sqrt((b**2).mean())
+        for v, g in pruned_weights(model)
+        for m in split_gates(v.numpy(), g)
+        for b in cut(m, BLOCK)
     ]
-    threshold = float(np.median(norms))
+    threshold = float(np.median(energies))
     assert kbs.Pruner(model).prune_now(threshold=threshold) == pytest.approx(0.5, abs=0.05)
 
 
@@ -450,6 +453,32 @@ def test_a_ramp_read_off_a_dense_model_ends_at_its_sparsity():
     kbs.prune_low_magnitude_block(model, ramp, (1, 1))
     kbs.Pruner(model).step(ramp.end_step)
     assert kbs.sparsity(model) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kept"),
+    [
+        (HALF, "broad"),
+        (kbs.ThresholdRamp(q=0.9, begin_step=0, ramp_step=2, end_step=4, frequency=1, max_sparsity=0.5), "peaked"),
+    ],
+)
+def test_by_default_blocks_go_by_their_energy_and_under_the_papers_threshold_by_their_largest_weight(schedule, kept):
+    layer = layers.Dense(4, use_bias=False)
+    layer.build((None, 8))
+    blocks = {"broad": np.full((4, 4), 0.5), "peaked": np.diag([1.0, 0, 0, 0]) + 0.01}
+    layer.kernel.assign(np.concatenate(list(blocks.values())))
+    kbs.prune_low_magnitude_block(layer, schedule, BLOCK)
+    kbs.Pruner(layer).step(4)
+    np.testing.assert_allclose(
+        layer.kernel.numpy(), np.concatenate([block * (name == kept) for name, block in blocks.items()]), rtol=1e-6
+    )
+
+
+def test_a_score_of_a_file_that_keras_could_not_save_becomes_the_default():
+    from keras_blocksparse.constraints import PruningSettings
+    from keras_blocksparse.serialization import LostObject
+
+    assert PruningSettings(HALF, score=LostObject("my_score")).score == "l2"
 
 
 # ---- bad input

@@ -50,7 +50,7 @@ class Compression:
     group_lasso: float = 0.0
     q_from: str | None = None
     q_scale: float = 1.0
-    score: str = "max"
+    score: str = "l2"
     distribution: str = "uniform"
     max_sparsity: float = 0.99
     gate_density: dict[str, float] | None = None
@@ -129,10 +129,10 @@ class Compression:
 #: What `--algorithm` chooses from. Alone, the group lasso wants about three times the strength (the paper).
 ALGORITHMS = {
     "dense": None,
-    "bp": Compression(schedule="threshold"),
-    "glp": Compression(schedule="threshold", group_lasso=3e-5),
-    "gl": Compression(schedule="cut", group_lasso=1e-4),
-    "ours": Compression(score="l2"),
+    "bp": Compression(schedule="threshold", score="max"),
+    "glp": Compression(schedule="threshold", score="max", group_lasso=3e-5),
+    "gl": Compression(schedule="cut", score="max", group_lasso=1e-4),
+    "ours": Compression(),
 }
 
 
