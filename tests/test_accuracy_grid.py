@@ -43,6 +43,15 @@ options = { units = "$units" }
 title = "Table 2"
 rows = ["dense", "bp", "wide"]
 note = "A note."
+[[tables]]
+title = "Of the other"
+networks = ["b"]
+rows = ["dense", "bp"]
+[[tables]]
+title = "What matters"
+device = false
+split = "dev"
+rows = ["dense", "bp"]
 [[bars]]
 row = "bp"
 against = "dense"
@@ -280,6 +289,10 @@ def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch
     assert "| bp (1 seed) | 2 k | 0 k | 90.0 % | 1.1100 | -11.0 % |" in text.replace("0.5 k", "0 k")
     assert "| dense (2 seeds) | 2 k | 0 k | 90.0 % | 1.1000 ± 0.1000 | 0 |" in text
     assert "| wide | not run yet |" in text
+    assert "Of the other" not in text
+    after = text.partition("What matters")[2]
+    assert "errors, dev | relative |\n" in after
+    assert " file" not in after
     assert "| bp against dense | loss <= 2% | 11% |" in text
     assert "| wide against dense | gain >= 5% | not measured |" in text
     assert "The blocks that are kept, of bp." in text

@@ -53,7 +53,7 @@ def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_pa
         tables = [bars_table(bars(of_network, content["bars"], network), "Bars")]
         for table in content["tables"]:
             rows = [row for row in table["rows"] if row in asked]
-            if len(rows) > 1:
+            if len(rows) > 1 and network in table.get("networks", [network]):
                 tables.append(_table(table, rows, of_network, network, measured))
         shown = pictures.draw(network, of_network, content["pictures"], output)
         if (masks := output / f"{network}-masks.png").exists():
@@ -93,7 +93,8 @@ def _table(
     split = table.get("split", "test")
     unit = dense.results[0]["unit"]
     columns = ["", "parameters", "kept", "zero", f"{unit}, {split}", "relative"]
-    columns += ["stock file", "its latency", "fast file", "its latency"]
+    if with_device := table.get("device", True):
+        columns += ["stock file", "its latency", "fast file", "its latency"]
     made = Table(table["title"], columns, note=table.get("note", "").strip())
     base = measured.get(f"{network}/dense/0")
     for row in rows:
@@ -106,7 +107,7 @@ def _table(
             [
                 f"{row} ({_seeds(cell)})", _count(cell.mean("parameters")), _count(cell.mean("kept_parameters")),
                 f"{100 * cell.mean('sparsity'):.1f} %", cell.score(split).text(4), relative,
-                *_device(measured.get(f"{network}/{row}/0"), base),
+                *(_device(measured.get(f"{network}/{row}/0"), base) if with_device else ()),
             ]
         )  # fmt: skip
     return made
