@@ -48,11 +48,11 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     )
     steps = data.windows_in(corpus.train, settings.length) // settings.batch
 
-    teacher = fitting.teacher_of(model, settings.cell, settings)
+    teacher = fitting.teacher_of(model, settings.cell, settings, passes=1)  # others in every epoch
 
     def batches(first_epoch: int) -> Any:
         found = data.training_batches(corpus.train, settings.batch, settings.length, settings.seed, first_epoch)
-        return found if teacher is None else found.map(lambda x, y: (x, (y, teacher(x, training=False))))
+        return found if teacher is None else found.map(lambda x, y: (x, (y, teacher(x))))
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     course = fitting.fit(model, loss, batches, steps, settings.cell, settings, output, console)

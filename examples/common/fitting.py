@@ -20,7 +20,7 @@ import keras_blocksparse as kbs
 from examples.common.files import write_json
 from examples.common.native import NativeLoop, native_loop, stay_on_native_loop
 from examples.common.settings import Settings
-from examples.common.student import Student
+from examples.common.student import Student, Teacher
 from keras_blocksparse.variables import updates_of
 
 
@@ -110,16 +110,17 @@ def fit(
     return course
 
 
-def teacher_of(model: Student, filters: str, settings: Settings) -> keras.Model | None:
+def teacher_of(model: Student, filters: str, settings: Settings, passes: int) -> Teacher | None:
     """The trained network to learn from, if `settings` name one; `model` then expects its logits as targets, too.
 
     Args:
         model: built.
         filters: regex of the layers that compute on the native loop if `settings` say so.
         settings: what the training is asked to be.
+        passes: how often the teacher is asked if its dropout is to be on.
 
     Raises:
-        SystemExit: the teacher is of another task.
+        SystemExit: the teacher is of another task, or has no dropout that could be on.
     """
     if settings.teacher is None:
         return None
@@ -129,11 +130,14 @@ def teacher_of(model: Student, filters: str, settings: Settings) -> keras.Model 
             f"--teacher: {settings.teacher} is of another task: it maps {teacher.input_shape} to"
             f" {teacher.output_shape}, expected {model.input_shape} to {model.output_shape}."
         )
+    dropout = [layer for layer in teacher.layers if isinstance(layer, keras.layers.Dropout) and layer.rate]
+    if settings.teacher_dropout and not dropout:
+        raise SystemExit(f"--teacher-dropout: {settings.teacher} was trained without dropout.")
     teacher.trainable = False
     if settings.native_loop:
         stay_on_native_loop(pruned_layers(teacher, filters))
     model.share = settings.teacher_share
-    return teacher
+    return Teacher(teacher, passes if settings.teacher_dropout else 0)
 
 
 def _start_from(model: keras.Model, path: str) -> None:

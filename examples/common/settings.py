@@ -30,6 +30,7 @@ class Settings:
     start_from: str | None
     teacher: str | None
     teacher_share: float
+    teacher_dropout: bool
     native_loop: bool
     evaluate: str
     compression: Compression | None
@@ -82,6 +83,7 @@ def add_arguments(
     add("--start-from", metavar="FILE", help="trained .keras file of the same network, whose weights to begin with")
     add("--teacher", metavar="FILE", help="trained .keras file of the same task, to learn from beside the targets")
     add("--teacher-share", type=share, default=0.5, help="of the teacher in the loss (default: %(default)s)")
+    add("--teacher-dropout", action="store_true", help="ask the teacher with its dropout on: it is less sure then")
     add("--seed", type=int, default=0, help="of weights, order and dropout (default: %(default)s)")
     add(
         "--evaluate", choices=("dev", "test"), default="dev",

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import ops
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained network to learn from.
+
+    Of what it was trained on it is too sure, and says little beyond the targets. With its dropout on it doubts again
+    where it knows things by heart only (Gal and Ghahramani 2016, section 3).
+
+    Attributes:
+        model: maps inputs to logits.
+        passes: through the network with dropout, over whose probabilities the mean is taken; 0: one without dropout.
+    """
+
+    model: keras.Model
+    passes: int = 0
+
+    def __call__(self, x: Any) -> Any:
+        """Its logits for a batch; with dropout logarithms of probabilities."""
+        if not self.passes:
+            return self.model(x, training=False)
+        said = [ops.softmax(self.model(x, training=True)) for _ in range(self.passes)]
+        return ops.log(sum(said) / self.passes + keras.config.epsilon())
 
 
 class Student(keras.Model):

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.progress import Progress
 
+from examples.common.student import Teacher
 from examples.speech_ctc.features import MELS, SUBSAMPLING, Features
 
 #: Number of the blank, and of what fills up shorter labels.
@@ -54,11 +54,11 @@ def plan(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[np.ndar
     return batches if epoch == 0 else [batches[n] for n in random.permutation(count)]
 
 
-def lessons(teacher: keras.Model, features: Features, folder: Path, console: Console) -> dict[int, list[np.ndarray]]:
+def lessons(teacher: Teacher, features: Features, folder: Path, console: Console) -> dict[int, list[np.ndarray]]:
     """What a teacher says of the utterances to train on, as they are without masks, computed once.
 
     Args:
-        teacher: maps frames to logits.
+        teacher: its inputs are frames.
         features: what to train on.
         folder: where it is kept while it is needed, so that it need not fit into memory.
         console: where progress is shown.
@@ -70,15 +70,16 @@ def lessons(teacher: keras.Model, features: Features, folder: Path, console: Con
     numbers = features.numbers("train")
     lengths = np.array([[_outputs(features.length[n], late) for late in range(SUBSAMPLING)] for n in numbers])
     folder.mkdir(parents=True, exist_ok=True)
-    shape = (int(lengths.sum()), teacher.output_shape[-1])
+    shape = (int(lengths.sum()), teacher.model.output_shape[-1])
     every = np.lib.format.open_memmap(folder / "lessons.npy", "w+", np.float16, shape)
     parts = iter(np.split(every, np.cumsum(lengths)[:-1]))
     found = {n: [next(parts) for _ in range(SUBSAMPLING)] for n in numbers}
+    ask = tf.function(teacher, reduce_retracing=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Listening to the teacher", total=len(numbers) * SUBSAMPLING)
         for late in range(SUBSAMPLING):
             for chosen, frames in _padded(features, numbers, 32, late):
-                for n, logits in zip(chosen, teacher.predict_on_batch(frames), strict=True):
+                for n, logits in zip(chosen, ask(tf.constant(frames)).numpy(), strict=True):
                     found[n][late][:] = logits[: len(found[n][late])]
                 progress.advance(task, len(chosen))
     return found

@@ -59,7 +59,7 @@ def train(settings: Settings, output: Path, cache: Path, console: Console) -> tu
     )
     steps = count // settings.batch
     filters = f"{settings.cell}_"
-    teacher = fitting.teacher_of(model, filters, settings)
+    teacher = fitting.teacher_of(model, filters, settings, passes=4)
     lessons = None if teacher is None else pipeline.lessons(teacher, features, output / "unfinished", console)
 
     def batches(first_epoch: int) -> Any:

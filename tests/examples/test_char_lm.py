@@ -103,7 +103,8 @@ def test_help_does_not_wait_for_tensorflow():
 
 
 def test_smoke(text, tmp_path, capsys):
-    main(["--preset", "smoke", "--text", str(text), "--units", "32", "--output", str(tmp_path / "out")])
+    main(["--preset", "smoke", "--text", str(text), "--units", "32", "--dropout", "0.1", "--output",
+          str(tmp_path / "out")])  # fmt: skip
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["sparsity"] == pytest.approx(0.9, abs=0.02)
     assert result["settings"]["compression"]["block_size"] == [4, 4]
@@ -118,6 +119,7 @@ def test_smoke(text, tmp_path, capsys):
     assert "Bits per character: " in out
     assert "smaller than dense float32" in out
     main(["--preset", "smoke", "--text", str(text), "--units", "16", "--no-export", "--teacher",
-          str(tmp_path / "out/model.keras"), "--teacher-share", "1", "--output", str(tmp_path / "taught")])  # fmt: skip
+          str(tmp_path / "out/model.keras"), "--teacher-share", "1", "--teacher-dropout",
+          "--output", str(tmp_path / "taught")])  # fmt: skip
     losses = json.loads((tmp_path / "taught/result.json").read_text())["course"]["losses"]
     assert 0 < losses[-1] < losses[0]

@@ -17,7 +17,7 @@ from examples.common import bible, compression, fitting, packages, settings
 from examples.common.arguments import densities, positive, share
 from examples.common.compression import Compression
 from examples.common.packages import Package
-from examples.common.student import Student
+from examples.common.student import Student, Teacher
 
 CONTENT = b"some data"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -138,7 +138,7 @@ def settings_of(how, **others):
     return fitting.Settings(
         **{"cell": "gru", "units": 16, "layers": 1, "dropout": 0.0, "epochs": 5, "batch": 8, "learning_rate": 0.05,
            "weight_decay": 0.0, "seed": 0, "start_from": None, "teacher": None, "teacher_share": 0.5,
-           "native_loop": False, "evaluate": "dev", "compression": how, **others}
+           "teacher_dropout": False, "native_loop": False, "evaluate": "dev", "compression": how, **others}
     )  # fmt: skip
 
 
@@ -291,8 +291,8 @@ def test_a_student_that_learns_from_its_teacher_alone_becomes_it(tmp_path, nativ
     model = network()
     x, _ = samples()
     asked = {"teacher": str(tmp_path / "teacher.keras"), "teacher_share": 1.0, "native_loop": native_loop}
-    teacher = fitting.teacher_of(model, "gru", settings_of(None, **asked))
-    assert not teacher.trainable_variables
+    teacher = fitting.teacher_of(model, "gru", settings_of(None, **asked), passes=4)
+    assert not teacher.model.trainable_variables
     batches = tf.data.Dataset.from_tensor_slices((x, (np.zeros((64, 2), "float32"), teacher(x)))).batch(8).repeat()
 
     def divergence():
@@ -305,7 +305,25 @@ def test_a_student_that_learns_from_its_teacher_alone_becomes_it(tmp_path, nativ
     assert course.losses[-1] < course.losses[0] / 5
     other = Student(model.inputs, keras.layers.Dense(3)(model.inputs[0]))
     with pytest.raises(SystemExit, match="--teacher: .*teacher.keras is of another task"):
-        fitting.teacher_of(other, "gru", settings_of(None, **asked))
+        fitting.teacher_of(other, "gru", settings_of(None, **asked), passes=4)
+    with pytest.raises(SystemExit, match="--teacher-dropout: .*teacher.keras was trained without dropout"):
+        fitting.teacher_of(model, "gru", settings_of(None, teacher_dropout=True, **asked), passes=4)
+
+
+def test_a_teacher_with_its_dropout_on_says_what_it_expects_over_masks(tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((1,))
+    dense = keras.layers.Dense(2, kernel_initializer=keras.initializers.Constant([[1, -1]]))
+    model = keras.Sequential([inputs, keras.layers.Dropout(0.5), dense])
+    x = np.ones((1, 1), "float32")
+    np.testing.assert_allclose(Teacher(model)(x), [[1.0, -1.0]])
+    said = np.exp(Teacher(model, passes=1000)(x))
+    sure = 1 / (1 + np.exp(-4.0))  # kept inputs are doubled, dropped ones leave both outputs 0
+    np.testing.assert_allclose(said, [[(sure + 0.5) / 2, (1 - sure + 0.5) / 2]], atol=0.03)
+    model.save(tmp_path / "teacher.keras")
+    student = Student(inputs, dense(inputs))
+    asked = settings_of(None, teacher=str(tmp_path / "teacher.keras"), teacher_dropout=True)
+    assert fitting.teacher_of(student, "dense", asked, passes=4).passes == 4
 
 
 def test_files_that_are_not_there_are_named():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from examples.common import bible
+from examples.common.student import Teacher
 from examples.speech_ctc import corpora, features, network, pipeline, synthesis
 from examples.speech_ctc.__main__ import main
 
@@ -296,7 +297,7 @@ def test_training_batches_are_padded_and_go_on_with_any_epoch(tmp_path):
 def test_a_teachers_lessons_are_what_it_says_of_each_utterance(tmp_path):
     found = small_features(tmp_path)
     teacher = network.build(5, "gru", 8, depth=1, channels=4)
-    lessons = pipeline.lessons(teacher, found, tmp_path, QUIET)
+    lessons = pipeline.lessons(Teacher(teacher), found, tmp_path, QUIET)
     numbers = found.numbers("train")
     assert sorted(lessons) == sorted(numbers)
     frames, (labels, logits) = next(
@@ -313,6 +314,10 @@ def test_a_teachers_lessons_are_what_it_says_of_each_utterance(tmp_path):
         np.testing.assert_allclose(own[:sure], expected[:sure], atol=2e-3)
         np.testing.assert_array_equal(own[:length], lessons[n][late])
         assert (own[length:] == 0).all()
+    doubting = Teacher(network.build(5, "gru", 8, depth=1, channels=4, dropout=0.5), passes=2)
+    for of_utterance in pipeline.lessons(doubting, found, tmp_path, QUIET).values():
+        for row in of_utterance:  # probabilities, whose mean is no logits' any more
+            np.testing.assert_allclose(np.exp(row.astype("float32")).sum(-1), 1, atol=1e-2)
 
 
 def test_spec_augment_masks_bands_and_times_and_nothing_else(tmp_path):
