@@ -37,7 +37,7 @@ options = { algorithm = "bp", block-size = [4, 4], q-from = "@dense" }
 name = "wide"
 like = "dense"
 seeds = 1
-options = { units = "$units" }
+options = { units = "$units", deep = "$deep?", batch = "$units?" }
 
 [[tables]]
 title = "Table 2"
@@ -93,7 +93,7 @@ def test_all_runs_of_one_seed_come_before_the_next(file):
         "--cell", "gru", "--fast", "--no-slow", "--algorithm", "bp", "--block-size", "4", "4",
         "--q-from", "@a/dense/0", "--seed", "0",
     ]  # fmt: skip
-    assert "--algorithm dense --units 8" in " ".join(runs[3].arguments)
+    assert runs[3].arguments[-8:] == ["--algorithm", "dense", "--units", "8", "--batch", "8", "--seed", "0"]
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,9 @@ def load(path: Path = GRID) -> list[Run]:
     """The runs, all with the first seed before any with the second, in the order of the file otherwise.
 
     A row's options are laid over its network's, and over those of the row that it is `like`. "$name" stands for the
-    value of that name among the network's `values`; a row of which a network has not all is not for this network.
-    "@row" stands for the model of that row with the same network and seed. A network may want fewer `seeds` than rows.
+    value of that name among the network's `values`; a row of which a network has not all is not for this network, while
+    "$name?" leaves out the option alone. "@row" stands for the model of that row with the same network and seed. A
+    network may want fewer `seeds` than rows.
 
     Raises:
         ValueError: the file names a network or row that it does not have.
@@ -79,7 +80,12 @@ def load(path: Path = GRID) -> list[Run]:
             network = networks[name]
             options = {**network["options"], **row["options"]}
             for seed in range(min(row["seeds"], network.get("seeds", row["seeds"]))):
-                filled = {key: _filled(value, name, network.get("values", {}), seed) for key, value in options.items()}
+                values = network.get("values", {})
+                filled = {
+                    key: _filled(value, name, values, seed)
+                    for key, value in options.items()
+                    if not _left_out(value, values)
+                }
                 if None not in filled.values():
                     runs.append(Run(name, row["name"], seed, network["program"], filled))
     names = [run.name for run in runs]
@@ -107,9 +113,13 @@ def pick(runs: list[Run], only: str | None) -> list[Run]:
     return [run for run in runs if run.name in picked or run.name in needed]
 
 
+def _left_out(value: Any, values: dict[str, Any]) -> bool:
+    return isinstance(value, str) and value.startswith("$") and value.endswith("?") and value[1:-1] not in values
+
+
 def _filled(value: Any, network: str, values: dict[str, Any], seed: int) -> Any:
     if isinstance(value, str) and value.startswith("$"):
-        return values.get(value[1:])
+        return values.get(value[1:].removesuffix("?"))
     if isinstance(value, str) and value.startswith("@"):
         return f"@{network}/{value[1:]}/{seed}"
     return value
