@@ -14,7 +14,7 @@ class Teacher:
     """A trained network to learn from.
 
     Of what it was trained on it is too sure, and says little beyond the targets. With its dropout on it doubts again
-    where it knows things by heart only (Gal and Ghahramani 2016, section 3).
+    where it knows things by heart only (dropout distillation: Bulò, Porzi, Kontschieder 2016).
 
     Attributes:
         model: maps inputs to logits.
