@@ -45,6 +45,8 @@ class Settings:
         for option in ("start_from", "teacher"):
             if (path := getattr(args, option)) is not None and not Path(path).is_file():
                 raise SystemExit(f"--{option.replace('_', '-')}: there is no file {path}")
+        if args.teacher_dropout and args.teacher is None:
+            raise SystemExit("--teacher-dropout needs a --teacher")
         names = {field.name for field in dataclasses.fields(cls)} - {"compression"}
         return cls(compression=compression.from_arguments(args), **{name: getattr(args, name) for name in names})
 

@@ -332,6 +332,8 @@ def test_files_that_are_not_there_are_named():
                            learning_rate=1.0, output="out")  # fmt: skip
     with pytest.raises(SystemExit, match="--teacher: there is no file nowhere.keras"):
         settings.Settings.from_arguments(parser.parse_args(["--teacher", "nowhere.keras"]))
+    with pytest.raises(SystemExit, match="--teacher-dropout needs a --teacher"):
+        settings.Settings.from_arguments(parser.parse_args(["--teacher-dropout"]))
     asked = settings.Settings.from_arguments(parser.parse_args(["--evaluate", "test", "--block-size", "4", "4"]))
     assert asked.scored() == ["dev", "test"]
     assert asked.compression.block_size == (4, 4)
