@@ -78,9 +78,8 @@ def load(path: Path = GRID) -> list[Run]:
             raise ValueError(f"{path}: row {row['name']!r} is for {sorted(unknown)}, which are no networks of it")
         for name in row.get("networks", networks):
             network = networks[name]
-            options = {**network["options"], **row["options"]}
+            options, values = {**network["options"], **row["options"]}, network.get("values", {})
             for seed in range(min(row["seeds"], network.get("seeds", row["seeds"]))):
-                values = network.get("values", {})
                 filled = {
                     key: _filled(value, name, values, seed)
                     for key, value in options.items()
