@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from benchmarks.accuracy import grid, results, running, summary, tables
+from benchmarks.accuracy import device, grid, results, running, summary, tables
 from benchmarks.accuracy.grid import Run
 
 FILE = """
@@ -263,7 +263,7 @@ def test_gains_are_over_the_seeds_that_both_have():
 
 
 def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables.device, "load", lambda: [])
+    monkeypatch.setattr(tables.device, "of_rows", lambda runs: {})
     runs, path = grid.load(file), tmp_path / "results.jsonl"
     with pytest.raises(SystemExit, match="There are no results"):
         tables.write_pages(runs, tmp_path / "docs", file, path)
@@ -311,6 +311,28 @@ def test_sizes_and_latencies_are_against_the_dense_networks_stock_file(file, tmp
     assert tables._device(sparse, base) == ["2 KiB (5.0x)", "4.00 ms (2.0x)", "1 KiB (10.0x)", "0.50 ms (16.0x)"]
     assert tables._device(sparse, None)[1] == "4.00 ms"
     assert tables._device(None, base) == ["-"] * 4
+
+
+def test_a_row_is_measured_once_by_whichever_seed_is_at_hand(file, tmp_path, monkeypatch):
+    runs, path, found = grid.load(file), tmp_path / "device.jsonl", tmp_path / "results.jsonl"
+    for run in runs:
+        about = {"run": run.name, "arguments": run.arguments, "others": results.others(run, runs), "cpu": "a cpu"}
+        results.append(outcome(1.0) | about, found)
+    with pytest.raises(SystemExit, match="no trained model"):
+        device.measure(runs, tmp_path / "work", path, found)
+    latency = {"bytes": 1, "latency_ms": {"tf.lite": 1.0}}
+    measured = []
+    monkeypatch.setattr(
+        device, "_measured", lambda model: measured.append(model.parent) or {"stock": latency, "fast": latency}
+    )
+    for name in ("a/dense/1", "a/dense/0"):  # when the second comes, the row has its line
+        run = next(run for run in runs if run.name == name)
+        folder = running.folder_of(name, tmp_path / "work")
+        folder.mkdir(parents=True)
+        (folder / running.MADE_BY).write_text(json.dumps(run.arguments))
+        device.measure(runs, tmp_path / "work", path, found)
+    assert measured == [running.folder_of("a/dense/1", tmp_path / "work")]
+    assert list(device.of_rows(runs, path)) == [("a", "dense")]
 
 
 def test_a_run_is_json_in_one_line():

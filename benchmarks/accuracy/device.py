@@ -22,19 +22,20 @@ REPEATS = 5
 
 
 def measure(runs: Sequence[Run], work: Path = WORK, path: Path = DEVICE, results_path: Path = RESULTS) -> None:
-    """Adds a line to `device.jsonl` for the first seed of each row whose model is at hand and has none yet.
+    """Adds a line to `device.jsonl` for each row that has none yet, by the first seed whose model is at hand.
 
     Raises:
         SystemExit: no model is there at all.
     """
     done = results.of_runs(runs, results.load(results_path))
-    measured = results.of_runs(runs, load(path))
-    here = [run for run in runs if run.name in done and run.seed == 0 and has_model(run, work)]
+    measured = set(of_rows(runs, path))
+    here = [run for run in runs if run.name in done and has_model(run, work)]
     if not here:
         raise SystemExit(f"There is no trained model in {work}: python -m benchmarks.accuracy run")
     for run in here:
-        if run.name in measured:
+        if (run.network, run.row) in measured:
             continue
+        measured.add((run.network, run.row))
         line = _measured(folder_of(run.name, work) / MODEL)
         line |= {"run": run.name, "arguments": run.arguments, "others": results.others(run, runs), "cpu": processor()}
         with path.open("a") as file:
@@ -48,7 +49,7 @@ def measure(runs: Sequence[Run], work: Path = WORK, path: Path = DEVICE, results
 
 
 def keep_masks(runs: Sequence[Run], rows: Sequence[str], output: Path, work: Path = WORK) -> None:
-    """Copies the pictures of the masks that trainings of these rows with the first seed have left, if they are at hand.
+    """Copies the pictures of the masks that trainings of these rows have left, of the first seed that is at hand.
 
     Args:
         runs: what to look at.
@@ -56,16 +57,20 @@ def keep_masks(runs: Sequence[Run], rows: Sequence[str], output: Path, work: Pat
         output: folder for `<network>-masks.png`.
         work: where models are.
     """
+    copied = set()
     for run in runs:
         picture = folder_of(run.name, work) / "masks.png"
-        if run.row in rows and run.seed == 0 and has_model(run, work) and picture.exists():
+        if run.row in rows and run.network not in copied and has_model(run, work) and picture.exists():
+            copied.add(run.network)
             output.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, output / f"{run.network}-masks.png")
 
 
-def load(path: Path = DEVICE) -> list[dict[str, Any]]:
-    """All that were measured."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def of_rows(runs: Sequence[Run], path: Path = DEVICE) -> dict[tuple[str, str], dict[str, Any]]:
+    """What was measured of each row, by network and row. A model trained with other options has other sizes."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = results.of_runs(runs, lines)
+    return {(run.network, run.row): found[run.name] for run in runs if run.name in found}
 
 
 def _measured(model_path: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_pa
         raise SystemExit(f"There are no results in {results_path}: python -m benchmarks.accuracy run")
     content = tomllib.loads(grid.read_text())
     gathered = cells(runs, found)
-    measured = results.of_runs(runs, device.load())  # a model trained with other options has other sizes
+    measured = device.of_rows(runs)
     wanted: dict[tuple[str, str], int] = {}
     for run in runs:
         wanted[run.network, run.row] = wanted.get((run.network, run.row), 0) + 1
@@ -87,7 +87,11 @@ def bars(of_network: dict[str, Cell], asked: Sequence[dict[str, Any]], network: 
 
 
 def _table(
-    table: dict[str, Any], rows: Sequence[str], of_network: dict[str, Cell], network: str, measured: dict[str, Any]
+    table: dict[str, Any],
+    rows: Sequence[str],
+    of_network: dict[str, Cell],
+    network: str,
+    measured: dict[tuple[str, str], Any],
 ) -> Table:
     dense = of_network["dense"]
     split = table.get("split", "test")
@@ -96,7 +100,7 @@ def _table(
     if with_device := table.get("device", True):
         columns += ["stock file", "its latency", "fast file", "its latency"]
     made = Table(table["title"], columns, note=table.get("note", "").strip())
-    base = measured.get(f"{network}/dense/0")
+    base = measured.get((network, "dense"))
     for row in rows:
         cell = of_network.get(row)
         if cell is None:
@@ -107,7 +111,7 @@ def _table(
             [
                 f"{row} ({_seeds(cell)})", _count(cell.mean("parameters")), _count(cell.mean("kept_parameters")),
                 f"{100 * cell.mean('sparsity'):.1f} %", cell.score(split).text(4), relative,
-                *(_device(measured.get(f"{network}/{row}/0"), base) if with_device else ()),
+                *(_device(measured.get((network, row)), base) if with_device else ()),
             ]
         )  # fmt: skip
     return made
