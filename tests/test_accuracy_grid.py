@@ -60,6 +60,7 @@ networks = ["a"]
 [[bars]]
 row = "wide"
 against = "dense"
+why = "as the paper"
 gain_at_least = 0.05
 networks = ["a"]
 [pictures]
@@ -294,7 +295,7 @@ def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch
     assert "errors, dev | relative |\n" in after
     assert " file" not in after
     assert "| bp against dense | loss <= 2% | 11% |" in text
-    assert "| wide against dense | gain >= 5% | not measured |" in text
+    assert "| wide against dense (as the paper) | gain >= 5% | not measured |" in text
     assert "The blocks that are kept, of bp." in text
     assert (tmp_path / "docs/a-course.svg").exists()
     assert not (tmp_path / "docs/a-parameters.svg").exists()

@@ -82,7 +82,8 @@ def bars(of_network: dict[str, Cell], asked: Sequence[dict[str, Any]], network: 
         what, _, side = kind.partition("_")
         measured = None if gain is None else gain.mean if what == "gain" else -gain.mean
         at_most, text = side == "at_most", what + " {}"
-        made.append(Bar(f"{bar['row']} against {bar['against']}", text, bound, measured, detail, at_most, "%"))
+        why = f" ({bar['why']})" if "why" in bar else ""
+        made.append(Bar(f"{bar['row']} against {bar['against']}{why}", text, bound, measured, detail, at_most, "%"))
     return made
 
 
