@@ -97,9 +97,9 @@ def main(argv: list[str] | None = None) -> None:
                 runs.append(training.train(kind, seed, *data_of(seed), recipe, show))
                 progress.stop_task(task)
 
-    with console.status("Exporting, and running the files on the stock interpreter"):
+    with console.status("Exporting, and running the files with and without our delegate"):
         files = results.export(runs, data_of(0)[1], args.output)
-        pictures = results.draw(runs, args.output)
+        pictures = results.draw(runs, files, args.output)
     outcome = results.Outcome(recipe, runs, files, args.evaluate, scored, seconds=time.perf_counter() - start)
     console.print(outcome.table())
     written = [*outcome.write(args.output), *pictures]

@@ -110,11 +110,14 @@ def test_the_whole_way_on_small_data(tmp_path, monkeypatch, capsys):
     size = {(file["kind"], file["quantize"]): file["bytes"] for file in facts["files"]}
     assert size["sparse", None] < size["dense", None]
     assert size["sparse", "int8"] < size["dense", "int8"]
+    for file in facts["files"]:
+        accuracies = [run["accuracy"] for run in file["runs"].values()]
+        np.testing.assert_allclose(accuracies, facts["accuracy"][file["kind"]][0], atol=1 / 36)  # one utterance
     table = (tmp_path / "results.md").read_text()
     (heading,) = (line for line in table.splitlines() if line.startswith("|  |"))
     assert heading == "|  | dense, float32 | dense, int8 | 90% sparse, float32 | 90% sparse, int8 |"
     assert f"| against dense |  |  | {facts['verdict']} | {facts['verdict']} |" in table
-    for picture in ("masks.png", "training.png"):
+    for picture in ("masks.png", "training.png", "files.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert "against dense" in capsys.readouterr().out
