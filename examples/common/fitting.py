@@ -203,20 +203,29 @@ class _State:
         course = Course(**saved["course"])
         model.optimizer.build(model.trainable_variables)
         model.load_weights(self._weights(course))
+        for generator, state in zip(_generators(model), saved["generators"], strict=True):
+            generator.assign(state)
         return course
 
     def save(self, model: keras.Model, course: Course) -> None:
-        """Saves weights and optimizer; the older ones go when it is done."""
+        """Saves weights, optimizer and what dropout draws next; the older ones go when it is done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         older = list(self.folder.glob("*.weights.h5"))
         model.save_weights(self._weights(course))
-        write_json(self.folder / "state.json", {"settings": self.settings, "course": dataclasses.asdict(course)})
+        generators = [keras.ops.convert_to_numpy(generator).tolist() for generator in _generators(model)]
+        facts = {"settings": self.settings, "course": dataclasses.asdict(course), "generators": generators}
+        write_json(self.folder / "state.json", facts)
         for path in older:
             if path != self._weights(course):
                 path.unlink()
 
     def _weights(self, course: Course) -> Path:
         return self.folder / f"{len(course.losses)}.weights.h5"
+
+
+def _generators(model: keras.Model) -> list[keras.Variable]:
+    """The states of the model's random generators, which Keras leaves out of a file of weights."""
+    return [variable for variable in model.non_trainable_variables if variable.name == "seed_generator_state"]
 
 
 class _Notes(keras.callbacks.Callback):
