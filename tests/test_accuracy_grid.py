@@ -149,14 +149,14 @@ def test_the_projects_grid_is_one_its_programs_understand():
 class Programs:
     """Stands for the training programs."""
 
-    def __init__(self, failing=()):
-        self.failing, self.commands = failing, []
+    def __init__(self, failing=(), **found):
+        self.failing, self.found, self.commands = failing, found, []
 
     def __call__(self, command, log, core, lock):
         self.commands.append(command)
         if any(name in str(log) for name in self.failing):
             return 1
-        (log.parent / "result.json").write_text(json.dumps(outcome(settings={}, task="x")))
+        (log.parent / "result.json").write_text(json.dumps(outcome(settings={}, task="x", **self.found)))
         return 0
 
 
@@ -194,6 +194,16 @@ def test_a_model_that_is_needed_and_gone_is_trained_again_but_its_result_stays(f
     after = results.load(path)
     assert after[: len(before)] == before
     assert sorted(line["run"] for line in after) == sorted(run.name for run in runs)
+
+
+def test_a_model_that_comes_out_otherwise_when_trained_again_counts_as_it_is_now(file, tmp_path):
+    runs, path = grid.load(file), tmp_path / "results.jsonl"
+    running.Runner([run for run in runs if run.name == "a/dense/0"], 1, tmp_path / "there", path, Programs()).go()
+    scores = {"dev": 0.3, "test": 0.4}
+    running.Runner(runs, 1, tmp_path / "here", path, Programs(scores=scores)).go()
+    first, *_ = lines = results.load(path)
+    assert [line["run"] for line in lines].count("a/dense/0") == 2
+    assert first["scores"] != scores == results.of_runs(runs, lines)["a/dense/0"]["scores"]
 
 
 def test_what_depends_on_another_run_is_done_again_when_that_changes(file, tmp_path):

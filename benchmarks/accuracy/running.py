@@ -67,12 +67,13 @@ class Runner:
         done = results.of_runs(self.runs, results.load(self.path))
         missing = [run for run in self.runs if run.name not in done]
         # A result is kept, a model is not: on another machine, what others begin with or learn from is trained again.
+        # If it comes out otherwise, its new result counts: it is what the others were taught by.
         needed = {other for run in missing for other in run.others} - {run.name for run in missing}
         again = [run for run in self.runs if run.name in needed and not has_model(run, self.work)]
         waiting = [run for run in self.runs if run in missing or run in again]
         more = f", and {len(again)} to do again for their models" if again else ""
         console.print(f"{len(done)} of {len(self.runs)} runs are done; {len(missing)} to do{more}.")
-        self._known = set(done)
+        self._known = {name: result["scores"] for name, result in done.items()}
         self._models = {run.name for run in self.runs if run not in waiting and has_model(run, self.work)}
         cores: queue.Queue[int] = queue.Queue()
         for core in sorted(os.sched_getaffinity(0))[: self.workers]:
@@ -114,8 +115,8 @@ class Runner:
             self.failed.append(run.name)
             return core
         self._models.add(run.name)
-        if run.name in self._known:
-            console.print(f"{run.name}: trained again; {minutes:.1f} minutes", soft_wrap=True)
+        if self._known.get(run.name) == found["scores"]:
+            console.print(f"{run.name}: trained again, the same; {minutes:.1f} minutes", soft_wrap=True)
             return core
         result |= {
             "run": run.name, "arguments": run.arguments, "others": results.others(run, self.runs),
