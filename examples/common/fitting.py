@@ -193,6 +193,12 @@ class _State:
             saved = json.loads((self.folder / "state.json").read_text())
         except FileNotFoundError:
             return Course()
+        if missing := sorted({"settings", "course", "generators"} - saved.keys()):
+            raise SystemExit(
+                f"{self.folder} holds an unfinished training of another version of this program: its state has no"
+                f" {', '.join(missing)}, so it cannot go on as it was. Delete the folder to begin"
+                " again, or give another --output."
+            )
         if saved["settings"] != self.settings:
             names = sorted({*saved["settings"], *self.settings})
             changed = [name for name in names if saved["settings"].get(name) != self.settings.get(name)]

@@ -217,6 +217,13 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monk
     with pytest.raises(SystemExit, match=r"other settings \(weight_decay differ\).*another --output, or delete"):
         fit(network(dropout=0.5), tmp_path / "killed", None, weight_decay=0.5)
 
+    state = tmp_path / "killed/unfinished/state.json"
+    saved = state.read_text()
+    state.write_text(json.dumps({name: value for name, value in json.loads(saved).items() if name != "generators"}))
+    with pytest.raises(SystemExit, match="another version of this program: its state has no generators"):
+        fit(network(dropout=0.5), tmp_path / "killed", None)
+    state.write_text(saved)
+
     resumed = network(seed=7, dropout=0.5)
     began = []
     x, y = samples()
