@@ -50,6 +50,27 @@ def check_block_size(block_size: Any) -> BlockSize:
     return int(sides[0]), int(sides[1])
 
 
+def check_neighborhood(neighborhood: Any, block_size: BlockSize) -> BlockSize | None:
+    """Returns `neighborhood` as a pair of Python ints or `None`, or says what is wrong with it.
+
+    Raises:
+        ValueError: it is not a pair of multiples of the block's sides.
+        TypeError: a side is not an integer.
+    """
+    if neighborhood is None:
+        return None
+    try:
+        sides = check_block_size(neighborhood)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("block_size", "neighborhood")) from None
+    if sides[0] % block_size[0] or sides[1] % block_size[1]:
+        raise ValueError(
+            "Both sides of `neighborhood` must be multiples of the block's. "
+            f"Received: neighborhood={sides}, block_size={block_size}"
+        )
+    return sides
+
+
 def check_score(score: Any) -> Score:
     """Returns `score` if it names a block score or is callable, else raises ValueError."""
     if callable(score) or score in SCORES:
@@ -147,7 +168,7 @@ class BlockGrid:
             raise ValueError(f"This grid cuts a weight of shape {self.shape}. Received: shape={weight.shape}")
         return weight.reshape(self.rows, self.gates, self.cols).swapaxes(0, 1)
 
-    def scores(self, weight: np.ndarray, score: Score = "l2") -> np.ndarray:
+    def scores(self, weight: np.ndarray, score: Score = "l2", neighborhood: BlockSize | None = None) -> np.ndarray:
         """One number a block: the larger, the more the block matters.
 
         Args:
@@ -155,10 +176,17 @@ class BlockGrid:
             score: "max" (largest magnitude, the paper's choice), "mean" (mean magnitude), "l2" (root of the mean
                 square), or a callable that maps blocks `(n, block rows, block cols)` to `(n,)` scores. A callable sees
                 ragged blocks filled up with zeros.
+            neighborhood: rows and columns of larger blocks, multiples of `block_size`. A block then has the geometric
+                mean of its own score and that of the larger one it lies in.
 
         Returns:
             float array of `grid_shape`.
+
+        Raises:
+            ValueError: a callable returns the wrong shape, or, with `neighborhood`, scores below 0.
         """
+        if neighborhood is not None:
+            return self._scores_with_neighbors(weight, score, neighborhood)
         matrices = self.gate_matrices(weight)
         if callable(score):
             return self._custom_scores(matrices, score)
@@ -191,6 +219,19 @@ class BlockGrid:
         # Columns first: they are contiguous, and what is left for the strided pass is smaller.
         matrices = ufunc.reduceat(matrices, np.arange(0, cols, width), axis=2) if width > 1 else matrices
         return ufunc.reduceat(matrices, np.arange(0, rows, height), axis=1) if height > 1 else matrices
+
+    def _scores_with_neighbors(self, weight: np.ndarray, score: Score, neighborhood: BlockSize) -> np.ndarray:
+        # A weight may be smaller than the neighborhood; it is one neighborhood then.
+        sides = min(neighborhood[0], self.rows), min(neighborhood[1], self.cols)
+        around = BlockGrid(self.shape, sides, self.gates, self.row_axes)
+        _, down, across = self.grid_shape
+        own, larger = self.scores(weight, score), around.scores(weight, score)
+        if (own < 0).any() or (larger < 0).any():
+            raise ValueError(f"With `neighborhood` a score must not be below 0. Received: {own.min()} from {score!r}")
+        rows = np.arange(down) * self.block_size[0] // sides[0]
+        cols = np.arange(across) * self.block_size[1] // sides[1]
+        # The root of each, not of their product, which may be too small for float32.
+        return np.sqrt(own) * np.sqrt(larger[:, rows[:, None], cols])
 
     def _custom_scores(self, matrices: np.ndarray, score: ScoreFunction) -> np.ndarray:
         (gates, down, across), (height, width) = self.grid_shape, self.block_size

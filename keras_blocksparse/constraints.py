@@ -35,6 +35,7 @@ class PruningSettings:
     distribution: distributions.Distribution = dataclasses.field(default_factory=distributions.Uniform)
     keep_diagonal: bool = False
     revival: bool = True
+    neighborhood: blocks.BlockSize | None = None
 
     def __post_init__(self) -> None:
         schedule = self.schedule
@@ -51,6 +52,7 @@ class PruningSettings:
                 f"Received: pruning_schedule={schedule!r}"
             )
         object.__setattr__(self, "block_size", blocks.check_block_size(self.block_size))
+        object.__setattr__(self, "neighborhood", blocks.check_neighborhood(self.neighborhood, self.block_size))
         score = "l2" if isinstance(self.score, LostObject) else self.score
         object.__setattr__(self, "score", blocks.check_score(score))
         object.__setattr__(self, "distribution", distributions.get(self.distribution))
@@ -80,7 +82,8 @@ class PruningSettings:
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, JSON-able."""
         config = {field.name: serialize(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return {**config, "block_size": list(self.block_size)}
+        neighborhood = None if self.neighborhood is None else list(self.neighborhood)
+        return {**config, "block_size": list(self.block_size), "neighborhood": neighborhood}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PruningSettings:
@@ -206,8 +209,9 @@ class BlockPruning(keras.constraints.Constraint):
 
     def scores(self) -> np.ndarray:
         """Block scores for the next mask, float of `grid.grid_shape`."""
-        scores = np.array(self.grid.scores(self._candidate(), self.settings.score), float)
-        if not self.settings.revival:
+        settings = self.settings
+        scores = np.array(self.grid.scores(self._candidate(), settings.score, settings.neighborhood), float)
+        if not settings.revival:
             scores[~self.kept] = -np.inf
         return scores
 

@@ -35,6 +35,7 @@ def prune_low_magnitude_block(
     filters: Filters = None,
     keep_diagonal: bool = False,
     revival: bool = True,
+    neighborhood: blocks.BlockSize | None = None,
 ) -> Any:
     """Makes a layer or model prune itself to zero blocks while it trains. Works in place and returns what it was given.
 
@@ -78,6 +79,10 @@ def prune_low_magnitude_block(
         keep_diagonal: keep every block that the diagonal of a recurrent kernel passes through (after LPCNet). They
             count as kept, so the sparsity does not change.
         revival: whether a pruned block can come back until the schedule ends; see `BlockPruning`.
+        neighborhood: rows and columns of larger blocks, multiples of `block_size`: a block's score is then the
+            geometric mean of its own and of that of the larger one it lies in, so that small blocks are left side by
+            side and not one by one. `(16, 16)` made 4x4 blocks as accurate as 16x16 ones in speech (docs/results). A
+            callable `score` sees the larger blocks, too.
 
     Returns:
         `to_prune`.
@@ -104,7 +109,7 @@ def prune_low_magnitude_block(
     if score is None:
         score = "max" if isinstance(pruning_schedule, ThresholdRamp) else "l2"
     settings = PruningSettings(
-        pruning_schedule, block_size, score, distributions.get(distribution), keep_diagonal, revival
+        pruning_schedule, block_size, score, distributions.get(distribution), keep_diagonal, revival, neighborhood
     )
     lasso = _lasso_template(group_lasso, settings.block_size)
     _check_overrides(settings)

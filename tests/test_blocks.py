@@ -11,7 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from keras_blocksparse import BlockGrid
-from keras_blocksparse.blocks import SCORES, check_block_size, check_score, infer_block_size, keep_blocks
+from keras_blocksparse.blocks import (
+    SCORES,
+    check_block_size,
+    check_neighborhood,
+    check_score,
+    infer_block_size,
+    keep_blocks,
+)
 
 SCORE_ORACLES = {
     "max": lambda block: np.abs(block).max(),
@@ -66,6 +73,52 @@ def test_a_callable_score_sees_every_block_filled_up_with_zeros(grid, seed):
     expected = [[(b**2).sum() for b in cut(gate, grid.block_size)] for gate in split_gates(weight, grid.gates)]
     np.testing.assert_allclose(grid.scores(weight, energy).reshape(grid.gates, -1), expected)
     assert all(shape[1:] == grid.block_size for shape in seen)
+
+
+@fast
+@given(
+    grid=grids(), seed=st.integers(0, 99), name=st.sampled_from(SCORES), times=st.tuples(*[st.integers(1, 5)] * 2),
+    dtype=st.sampled_from(["float32", "float64"]),
+)  # fmt: skip
+def test_with_a_neighborhood_a_block_has_the_geometric_mean_of_its_score_and_the_larger_one_s(
+    grid, seed, name, times, dtype
+):
+    weight = weight_of(grid, seed, dtype)
+    (height, width), oracle = grid.block_size, SCORE_ORACLES[name]
+    tall, wide = height * times[0], width * times[1]
+    expected = np.empty(grid.grid_shape)
+    for gate, row, col in np.ndindex(*grid.grid_shape):
+        matrix = split_gates(weight.astype(np.float64), grid.gates)[gate]
+        top, left = row * height, col * width
+        above, beside = top // tall * tall, left // wide * wide
+        own = oracle(matrix[top : top + height, left : left + width])
+        expected[gate, row, col] = np.sqrt(own * oracle(matrix[above : above + tall, beside : beside + wide]))
+    scores = grid.scores(weight, name, neighborhood=(tall, wide))
+    np.testing.assert_allclose(scores, expected, rtol=1e-5 if dtype == "float32" else 1e-12)
+
+
+def test_scores_of_tiny_weights_do_not_vanish_with_a_neighborhood():
+    scores = BlockGrid((8, 8), (4, 4)).scores(np.full((8, 8), 1e-30, np.float32), "max", neighborhood=(8, 8))
+    np.testing.assert_allclose(scores, 1e-30, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("neighborhood", "error", "message"),
+    [
+        ((16, 6), ValueError, r"multiples of the block's.*neighborhood=\(16, 6\), block_size=\(4, 4\)"),
+        (16, ValueError, r"`neighborhood` must be a pair.*neighborhood=16"),
+        ((0, 4), ValueError, r"Both sides of `neighborhood`.*neighborhood=\(0, 4\)"),
+        ((8.0, 8), TypeError, r"`neighborhood` must hold two integers"),
+    ],
+)
+def test_neighborhoods_that_make_no_sense_are_an_error(neighborhood, error, message):
+    with pytest.raises(error, match=message):
+        check_neighborhood(neighborhood, (4, 4))
+
+
+def test_a_score_below_zero_has_no_geometric_mean():
+    with pytest.raises(ValueError, match="must not be below 0"):
+        BlockGrid((8, 8), (4, 4)).scores(-np.ones((8, 8)), lambda b: b.mean((1, 2)), neighborhood=(8, 8))
 
 
 def test_a_callable_score_of_the_wrong_shape_is_an_error():

@@ -158,7 +158,7 @@ def test_a_block_too_large_leaves_the_weight_alone_with_a_warning():
 
 def test_it_comes_back_from_its_config_through_json():
     distribution = kbs.Uniform(gate_density={"h": 4})
-    pruning = PruningSettings(SCHEDULE, (8, 4), "l2", distribution, keep_diagonal=True, revival=False)
+    pruning = PruningSettings(SCHEDULE, (8, 4), "l2", distribution, True, False, neighborhood=(16, 8))
     original = kbs.BlockPruning(pruning, 3, 1, True, keras.constraints.MaxNorm(1.5))
     config = json.loads(json.dumps(keras.constraints.serialize(original)))
     restored = keras.constraints.get(config)
@@ -166,6 +166,12 @@ def test_it_comes_back_from_its_config_through_json():
     assert restored.settings == pruning
     assert (restored.gates, restored.row_axes, restored.diagonal) == (3, 1, True)
     assert restored.constraint.max_value == 1.5
+
+
+def test_settings_of_before_there_were_neighborhoods_come_back_without():
+    config = PruningSettings(SCHEDULE, BLOCK).get_config()
+    del config["neighborhood"]
+    assert PruningSettings.from_config(config) == PruningSettings(SCHEDULE, BLOCK)
 
 
 def test_pruning_of_knows_ours_from_others():

@@ -474,6 +474,23 @@ def test_by_default_blocks_go_by_their_energy_and_under_the_papers_threshold_by_
     )
 
 
+def test_with_a_neighborhood_a_weak_block_among_strong_ones_stays_and_a_stronger_one_alone_goes():
+    layer = layers.Dense(16, use_bias=False)
+    layer.build((None, 8))
+    # Two neighborhoods of 8x8, four blocks each: the left one is strong but for one block.
+    blocks = np.array([[4.0, 4.0, 2.0, 0.1], [4.0, 1.0, 0.1, 0.1]])
+    for neighborhood, kept in [
+        (None, [[1, 1, 1, 0], [1, 0, 0, 0]]),
+        ((8, 8), [[1, 1, 0, 0], [1, 1, 0, 0]]),
+        ((16, 16), [[1, 1, 1, 0], [1, 0, 0, 0]]),  # larger than the weight: all are neighbors
+    ]:
+        layer.kernel.assign(np.kron(blocks, np.ones((4, 4))))
+        kbs.prune_low_magnitude_block(layer, HALF, BLOCK, neighborhood=neighborhood)
+        kbs.Pruner(layer).step(0)
+        np.testing.assert_allclose(layer.kernel.numpy(), np.kron(blocks * kept, np.ones((4, 4))), rtol=1e-6)
+        kbs.strip_pruning(layer)
+
+
 def test_a_score_of_a_file_that_keras_could_not_save_becomes_the_default():
     from keras_blocksparse.constraints import PruningSettings
     from keras_blocksparse.serialization import LostObject
@@ -498,6 +515,8 @@ def prune(**change: Any) -> Any:
         ({"block_size": (4.0, 4)}, TypeError, r"block_size=\(4.0, 4\)"),
         ({"block_size": 4}, ValueError, "block_size=4"),
         ({"score": "median"}, ValueError, "score='median'"),
+        ({"neighborhood": (8, 6)}, ValueError, r"multiples of the block's.*neighborhood=\(8, 6\)"),
+        ({"neighborhood": "wide"}, ValueError, "neighborhood='wide'"),
         ({"distribution": "unifrom"}, ValueError, "distribution='unifrom'"),
         ({"pruning_schedule": 0.9}, TypeError, "pruning_schedule=0.9"),
         ({"pruning_schedule": "fast"}, TypeError, "pruning_schedule='fast'"),

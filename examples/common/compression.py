@@ -38,6 +38,7 @@ class Compression:
         gate_density: relative densities of gates.
         keep_diagonal: see there.
         revival: see there.
+        neighborhood: see there.
     """
 
     schedule: str = "ramp"
@@ -56,6 +57,7 @@ class Compression:
     gate_density: dict[str, float] | None = None
     keep_diagonal: bool = False
     revival: bool = True
+    neighborhood: tuple[int, int] | None = None
 
     def prune(self, model: keras.Model, filters: str, epochs: int, steps_per_epoch: int) -> None:
         """Puts the pruning on a built model; `UpdatePruningStep` then drives it.
@@ -81,6 +83,7 @@ class Compression:
                 filters=filters,
                 keep_diagonal=self.keep_diagonal,
                 revival=self.revival,
+                neighborhood=self.neighborhood,
             )
 
     def _schedule(self, epochs: int, steps_per_epoch: int) -> Any:
@@ -156,6 +159,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--q-from", metavar="FILE", help="trained dense .keras file that the threshold of bp and glp is read from")
     add("--q-scale", type=float, help="factor of that threshold, to tune the sparsity that is reached")
     add("--score", choices=("max", "mean", "l2"), help="what makes a block matter")
+    add(
+        "--neighborhood", type=positive, nargs=2, metavar=("ROWS", "COLS"),
+        help="larger blocks whose score counts as much as the block's own",
+    )  # fmt: skip
     add("--distribution", choices=("uniform", "erk", "global", "per_layer_type"), help="how sparsity is spread")
     add("--max-sparsity", type=share, help="bound for each gate, for global and per_layer_type")
     add("--gate-density", type=densities, metavar="GATE=NUMBER,...", help="relative densities, as z=1,r=1,h=4")
@@ -173,9 +180,15 @@ def from_arguments(args: argparse.Namespace) -> Compression | None:
         for field in dataclasses.fields(Compression)
         if (value := getattr(args, field.name, None)) is not None
     }
-    if "block_size" in given:
-        given["block_size"] = tuple(given["block_size"])
+    for pair in ("block_size", "neighborhood"):
+        if pair in given:
+            given[pair] = tuple(given[pair])
     compression = dataclasses.replace(base, **given)
+    sides = compression.neighborhood or compression.block_size
+    if any(side % block for side, block in zip(sides, compression.block_size, strict=True)):
+        raise SystemExit(
+            f"--neighborhood must be multiples of --block-size. Received: {sides} and {compression.block_size}"
+        )
     if not compression.begin < compression.end:
         raise SystemExit(f"--begin must be less than --end. Received: {compression.begin} and {compression.end}")
     if compression.schedule == "cut" and not compression.group_lasso > 0:

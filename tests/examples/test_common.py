@@ -108,12 +108,14 @@ def test_what_is_given_replaces_what_the_algorithm_has():
     assert given.gate_density == {"z": 1, "h": 4}
     assert given.group_lasso == compression.ALGORITHMS["gl"].group_lasso
     assert parse("--no-revival").revival is False
+    assert parse("--block-size", "4", "4", "--neighborhood", "16", "16").neighborhood == (16, 16)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--begin", "0.7"], "--begin must be less than --end. Received: 0.7 and 0.2"),
+        (["--neighborhood", "24", "8"], r"--neighborhood must be multiples.*\(24, 8\) and \(16, 16\)"),
         (["--algorithm", "gl", "--group-lasso", "0"], "needs --group-lasso above 0. Received: 0"),
         (["--algorithm", "bp", "--q-from", "nowhere.keras"], "there is no file nowhere.keras"),
     ],
