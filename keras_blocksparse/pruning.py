@@ -81,8 +81,7 @@ def prune_low_magnitude_block(
         revival: whether a pruned block can come back until the schedule ends; see `BlockPruning`.
         neighborhood: rows and columns of larger blocks, multiples of `block_size`: a block's score is then the
             geometric mean of its own and of that of the larger one it lies in, so that small blocks are left side by
-            side and not one by one. `(16, 16)` made 4x4 blocks as accurate as 16x16 ones in speech (docs/results). A
-            callable `score` sees the larger blocks, too.
+            side and not one by one. A callable `score` sees the larger blocks, too.
 
     Returns:
         `to_prune`.
