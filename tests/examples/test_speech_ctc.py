@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from benchmarks.accuracy import larger_dev
 from examples.common import bible
 from examples.common.student import Teacher
 from examples.speech_ctc import corpora, features, network, pipeline, synthesis
@@ -513,7 +514,7 @@ def test_smoke(tmp_path, capsys):
     assert not (tmp_path / "taught/unfinished").exists()
 
 
-def test_smoke_of_the_bidirectional_network(tmp_path, verses):
+def test_smoke_of_the_bidirectional_network_and_its_score_on_a_larger_dev(tmp_path, verses, capsys):
     main(["--preset", "smoke", "--phrases", "16", "--cell", "rnn", "--epochs", "1", "--no-export", "--cache",
           str(tmp_path / "cache"), "--algorithm", "dense", "--output", str(tmp_path / "out")])  # fmt: skip
     result = json.loads((tmp_path / "out/result.json").read_text())
@@ -522,3 +523,15 @@ def test_smoke_of_the_bidirectional_network(tmp_path, verses):
         f"birnn_{n}/{way}_rnn_{n}/simple_rnn_cell/{kernel}"
         for n in (1, 2) for way in ("forward", "backward") for kernel in ("kernel", "recurrent_kernel")
     }  # fmt: skip
+    larger_dev.main([str(tmp_path / "out"), "--phrases", "6", "--cache", str(tmp_path / "cache")])
+    made = max((tmp_path / "cache").glob("kjv-speech-*"), key=lambda path: path.stat().st_mtime_ns)
+    lines = [json.loads(line) for line in (made / "manifest.jsonl").read_text().splitlines()]
+    hours = sum(line["duration"] for line in lines if line["split"] == "dev") / 3600
+    assert [line["split"] for line in lines].count("dev") == 6
+    printed = capsys.readouterr().out
+    assert f"{hours:.2f} hours of dev" in printed
+    score = re.search(r"/out: character error rate (\d\.\d{4})$", printed, re.MULTILINE)
+    assert 0.5 < float(score[1]) < 2  # it has learned next to nothing
+    (tmp_path / "out/model.keras").unlink()
+    with pytest.raises(SystemExit, match="out is not what a training of examples.speech_ctc wrote"):
+        larger_dev.main([str(tmp_path / "out")])
