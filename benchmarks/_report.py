@@ -147,6 +147,20 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_between(path: Path, command: str, text: str) -> None:
+    """Writes what a command has to say into a page, between the marks that are there for it.
+
+    Raises:
+        SystemExit: the page does not have both marks once.
+    """
+    begin, end = f"<!-- written by {command}: begin -->", "<!-- end -->"
+    before, found, rest = path.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended or begin in after or end in after:
+        raise SystemExit(f"{path} should have the lines {begin} and {end}, once each, around what is written there.")
+    write(path, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
 def save_figure(figure: object, path: Path) -> None:
     """Writes a picture whole or not at all, the same bytes for the same figures."""
     import matplotlib as mpl

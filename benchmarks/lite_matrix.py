@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._report import write_between
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS_AT = ROOT / ".venv-matrix"
 FILES_AT = ROOT / "build" / "lite-matrix"
 PAGE = ROOT / "docs" / "runtimes.md"
-BEGIN, END = "<!-- written by make lite-matrix: begin -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -252,16 +253,6 @@ def table(outcomes: dict[Environment, Outcome]) -> tuple[str, list[str]]:
     return "\n".join(lines), faults
 
 
-def write_page(text: str) -> None:
-    """Puts the table between its marks; the page is replaced in one step."""
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    temporary = PAGE.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-    os.replace(temporary, PAGE)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lite_matrix", description=__doc__)
@@ -285,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     for fault in faults:
         print(f"NOT AS IT SHOULD BE: {fault}")
     if not options.only:
-        write_page(text)
+        write_between(PAGE, "make lite-matrix", text)
     return 1 if faults else 0
 
 

@@ -294,7 +294,21 @@ def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch
         (folder / running.MADE_BY).write_text(json.dumps(run.arguments))
     tables.device.keep_masks(runs, ["bp"], tmp_path / "docs", tmp_path / "work")
     assert [path.read_bytes() for path in (tmp_path / "docs").iterdir()] == [b"a/bp/0"]
+    index = tmp_path / "docs/index.md"
+    index.write_text("No marks.")
+    with pytest.raises(SystemExit, match=r"index\.md should have the lines <!-- written by python -m benchmarks"):
+        tables.write_pages(runs, tmp_path / "docs", file, path)
+    begin = "<!-- written by python -m benchmarks.accuracy tables: begin -->"
+    index.write_text(f"Before.\n\n{begin}\n\nold\n\n<!-- end -->\n\nAfter.\n")
     tables.write_pages(runs, tmp_path / "docs", file, path)
+    once = index.read_text()
+    tables.write_pages(runs, tmp_path / "docs", file, path)
+    assert index.read_text() == once
+    assert once.startswith(f"Before.\n\n{begin}\n\n## Where it stands\n\n|  | [A](a.md) |\n")
+    assert "| runs done | 3 of 4 |" in once
+    assert "| bp against dense | -11.0 %, 1 seed; loss <= 2%: **MISSED** |" in once
+    assert "| wide against dense (as the paper) | not measured |" in once
+    assert once.endswith("|\n\n<!-- end -->\n\nAfter.\n")
     text = (tmp_path / "docs/a.md").read_text()
     assert "3 of 4 runs are done" in text
     assert "| bp (1 seed) | 2 k | 0 k | 90.0 % | 1.1100 | -11.0 % |" in text.replace("0.5 k", "0 k")

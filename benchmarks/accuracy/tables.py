@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import Bar, Table, bars_table, console, page, write
+from benchmarks._report import Bar, Table, bars_table, console, page, write, write_between
 from benchmarks.accuracy import device, pictures, results
 from benchmarks.accuracy.grid import GRID, Run
 from benchmarks.accuracy.summary import Cell, cells
@@ -25,7 +25,7 @@ how many times smaller and quicker than the dense network's stock file."""
 
 
 def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_path: Path = results.RESULTS) -> None:
-    """Writes a page for each network that has results.
+    """Writes a page for each network that has results, and where all of them stand into `index.md`.
 
     Args:
         runs: what the grid holds.
@@ -34,7 +34,7 @@ def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_pa
         results_path: results file.
 
     Raises:
-        SystemExit: there is no result at all.
+        SystemExit: there is no result at all, or `index.md` has no place for where they stand.
     """
     found = results.of_runs(runs, results.load(results_path))
     if not found:
@@ -45,12 +45,14 @@ def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_pa
     wanted: dict[tuple[str, str], int] = {}
     for run in runs:
         wanted[run.network, run.row] = wanted.get((run.network, run.row), 0) + 1
+    stand: dict[str, tuple[str, list[Bar]]] = {}
     for network, facts in content["networks"].items():
         of_network = {row: cell for (name, row), cell in gathered.items() if name == network}
         if "dense" not in of_network:
             continue
         asked = [row for (name, row) in wanted if name == network]
-        tables = [bars_table(bars(of_network, content["bars"], network), "Bars")]
+        of_bars = bars(of_network, content["bars"], network)
+        tables = [bars_table(of_bars, "Bars")]
         for table in content["tables"]:
             rows = [row for row in table["rows"] if row in asked]
             if len(rows) > 1 and network in table.get("networks", [network]):
@@ -67,6 +69,31 @@ def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_pa
         text = page(facts["title"], COMMAND, f"{facts['lead'].strip()}\n\n{LEAD}", line, tables, shown)
         write(output / f"{network}.md", text)
         console.print(f"{output / network}.md: {done} of {total} runs")
+        stand[f"[{facts['title']}]({network}.md)"] = f"{done} of {total}", of_bars
+    write_between(output / "index.md", "python -m benchmarks.accuracy tables", overview(stand).markdown().strip())
+
+
+def overview(stand: dict[str, tuple[str, list[Bar]]]) -> Table:
+    """All networks in one table: how many runs are done, and what became of the bars.
+
+    Args:
+        stand: of each network, how many are done and its bars.
+    """
+    made = Table("Where it stands", ["", *stand])
+    made.rows.append(["runs done", *(done for done, _ in stand.values())])
+    for work in dict.fromkeys(bar.work for _, of_bars in stand.values() for bar in of_bars):
+        row = [work]
+        for _, of_bars in stand.values():
+            bar = next((bar for bar in of_bars if bar.work == work), None)
+            if bar is None:
+                row.append("")
+            elif bar.measured is None:
+                row.append("not measured")
+            else:
+                _, asked, _, detail, verdict = bar.row()
+                row.append(f"{detail}; {asked}: **{verdict.partition(',')[0]}**")
+        made.rows.append(row)
+    return made
 
 
 def bars(of_network: dict[str, Cell], asked: Sequence[dict[str, Any]], network: str) -> list[Bar]:
