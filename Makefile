@@ -5,7 +5,7 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_BENCH ?= .venv-bench
 # The oldest TensorFlow and Keras 3 that the suite passes on.
-OLDEST := 'tensorflow==2.16.*' 'keras==3.8.*'
+OLDEST := 'tensorflow==2.17.*' 'keras==3.8.*'
 # One process a core is quickest: TensorFlow's import dominates short files, and its threads share the cores anyway.
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=

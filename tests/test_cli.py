@@ -98,8 +98,9 @@ def test_a_model_with_classes_of_its_own(tmp_path, capsys, monkeypatch):
         "import keras\n@keras.saving.register_keras_serializable('mine')\n"
         "class MyDense(keras.layers.Dense):\n    pass\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    from my_layers import MyDense  # pyright: ignore
+    with monkeypatch.context() as path_with_it:  # older Keras imports what it finds there by itself
+        path_with_it.syspath_prepend(tmp_path)
+        from my_layers import MyDense  # pyright: ignore
 
     path = tmp_path / "own.keras"
     keras.Sequential([keras.Input((8,)), MyDense(8)]).save(path)
@@ -108,6 +109,7 @@ def test_a_model_with_classes_of_its_own(tmp_path, capsys, monkeypatch):
     code, _, errors = kbs_command(capsys, "inspect", path)
     assert code == 2
     assert "--import" in errors
+    monkeypatch.syspath_prepend(tmp_path)
     code, text, _ = kbs_command(capsys, "inspect", path, "--import", "my_layers")
     assert code == 0
     assert "my_dense/kernel" in text

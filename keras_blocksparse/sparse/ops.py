@@ -20,7 +20,7 @@ from keras_blocksparse.sparse import _native
 from keras_blocksparse.sparse.matrix import BlockSparseMatrix
 from keras_blocksparse.sparse.structure import BlockStructure
 
-OLDEST_TENSORFLOW = (2, 16)
+OLDEST_TENSORFLOW = (2, 17)
 
 
 def register_ops() -> ModuleType:

@@ -438,7 +438,7 @@ def test_a_second_copy_of_the_ops_is_refused(tmp_path):
 
 def test_a_tensorflow_that_is_too_old_is_an_import_error(monkeypatch):
     monkeypatch.setattr(ops_module.tf, "__version__", "2.15.1")
-    with pytest.raises(ImportError, match="need TensorFlow 2.16 or newer. Received: 2.15.1"):
+    with pytest.raises(ImportError, match="need TensorFlow 2.17 or newer. Received: 2.15.1"):
         ops_module._load.__wrapped__()
 
 
