@@ -76,7 +76,7 @@ def fit(
 
     Raises:
         SystemExit: `folder` holds the state of a training with other settings, or a file to begin with is of another
-            network.
+            network; or the loss became NaN or infinite.
     """
     epochs, compression, label = settings.epochs, settings.compression, settings.label
     model.compile(optimizer(settings, epochs * max(1, steps_per_epoch)), loss)
@@ -90,7 +90,7 @@ def fit(
     if first := len(course.losses):
         console.print(f"{label}: going on after epoch {first}")
     callbacks: list[keras.callbacks.Callback] = [
-        keras.callbacks.TerminateOnNaN(raise_error=True),
+        _StopAtNaN(),
         _Notes(course, pruned_layers(model, filters), state),
         _Bar(console, label, epochs, first, steps_per_epoch),
     ]
@@ -232,6 +232,19 @@ class _State:
 def _generators(model: keras.Model) -> list[keras.Variable]:
     """The states of the model's random generators, which Keras leaves out of a file of weights."""
     return [variable for variable in model.non_trainable_variables if variable.name == "seed_generator_state"]
+
+
+class _StopAtNaN(keras.callbacks.Callback):
+    """Ends the program before what is broken is saved; older Keras has no `raise_error` of `TerminateOnNaN`."""
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Keras calls this."""
+        loss = (logs or {})["loss"]
+        if not np.isfinite(loss):
+            raise SystemExit(
+                f"The loss became {loss} in update {batch + 1} of this epoch: nothing more can be learned. Try a lower"
+                " --learning-rate; an unfinished training goes on from the epoch before."
+            )
 
 
 class _Notes(keras.callbacks.Callback):

@@ -13,6 +13,8 @@ from examples.speech_ctc.pipeline import BLANK, scored_batches
 
 #: Outputs (40 ms each) that the lookahead convolution of the GRU network sees beyond the one it writes.
 LOOKAHEAD = 10
+# Keras before 3.10 loads an activation that is a layer only if it is among the custom objects (its issue 21088).
+keras.saving.get_custom_objects().setdefault("ReLU", layers.ReLU)
 
 
 def build(alphabet: int, cell: str, units: int, depth: int = 3, channels: int = 128, dropout: float = 0.0) -> Student:

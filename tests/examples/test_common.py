@@ -196,6 +196,15 @@ def test_a_threshold_is_read_off_the_dense_network(tmp_path):
         Compression(schedule="threshold")._schedule(epochs=10, steps_per_epoch=8)
 
 
+def test_a_loss_that_is_no_number_ends_the_training_with_the_epochs_before_it_kept(tmp_path):
+    x, y = samples()
+    broken = tf.data.Dataset.from_tensor_slices((x, np.full_like(y, np.nan))).batch(8)
+    sound = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    with pytest.raises(SystemExit, match=r"loss became nan in update 1 .*lower --learning-rate"):
+        fit(network(), tmp_path, None, lambda first: sound.repeat(2).concatenate(broken))
+    assert fit(network(seed=1), tmp_path, None).losses[:2] == fit(network(), tmp_path / "sound", None).losses[:2]
+
+
 class Killed(Exception):
     """Stands for a kill."""
 

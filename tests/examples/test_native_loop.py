@@ -36,7 +36,8 @@ def test_outputs_and_gradients_are_keras_own(cell, inputs, units, steps, backwar
 def test_pruning_goes_on_as_ever_and_the_layer_is_itself_afterwards():
     keras.utils.set_random_seed(0)
     rnn = keras.layers.SimpleRNN(16, activation=keras.layers.ReLU(max_value=20.0))
-    model = keras.Sequential([keras.Input((5, 8)), keras.layers.Bidirectional(rnn), keras.layers.Dense(1)])
+    with keras.saving.custom_object_scope({"ReLU": keras.layers.ReLU}):  # for Keras before 3.10
+        model = keras.Sequential([keras.Input((5, 8)), keras.layers.Bidirectional(rnn), keras.layers.Dense(1)])
     kbs.prune_low_magnitude_block(
         model, kbs.ConstantSparsity(target_sparsity=0.75, begin_step=2), (4, 4), filters="rnn"
     )
