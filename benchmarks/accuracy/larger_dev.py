@@ -15,6 +15,7 @@ from rich.console import Console
 
 from benchmarks._report import console
 from benchmarks.accuracy.running import MODEL, WORK
+from examples.common.arguments import positive
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 #: Three hours.
@@ -30,7 +31,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("folders", nargs="*", type=Path, help=f"what trainings wrote (default: those of the grid, in {WORK})")
-    add("--phrases", type=int, default=PHRASES, help="3 seconds each (default: %(default)s)")
+    add("--phrases", type=positive, default=PHRASES, help="3 seconds each (default: %(default)s)")
     add("--cache", type=Path, default=Path(".cache"), help="folder for the speech (default: %(default)s)")
     return parser.parse_args(argv)
 
