@@ -28,7 +28,7 @@ SCORE_ORACLES = {
 
 DTYPES = ["float32", "float64"]
 
-fast = settings(deadline=None, max_examples=60)
+fast = settings(max_examples=60)
 
 
 @st.composite
@@ -164,7 +164,7 @@ def best_within_half_a_block(sizes: np.ndarray, zeroed: float, target: float) ->
     return abs(zeroed - target) <= sizes.max() / 2 + 1e-9
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(grid=grids(), seed=st.integers(0, 99), sparsity=st.floats(0, 0.999))
 def test_masks_zero_the_lowest_blocks_and_come_within_half_a_block(grid, seed, sparsity):
     for scores in grid.scores(weight_of(grid, seed)):

@@ -34,7 +34,7 @@ def random_weight(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     block=st.sampled_from(BLOCK_SIZES), gates=st.sampled_from([1, 3, 4]), more=st.tuples(EXTRA, EXTRA),
     share=st.floats(0.1, 0.9), seed=st.integers(0, 99), revival=st.booleans(),
@@ -195,7 +195,7 @@ def test_the_latest_update_of_a_stretch_of_steps():
     assert fires(schedule, 25, 100) is None
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     begin=st.integers(0, 20), length=st.integers(0, 30), frequency=st.integers(1, 12), after=st.integers(-1, 60),
     span=st.integers(1, 40),

@@ -12,7 +12,7 @@ import keras_blocksparse as kbs
 from keras_blocksparse import distributions
 from keras_blocksparse.distributions import Part, fill_densities
 
-fast = settings(deadline=None, max_examples=60)
+fast = settings(max_examples=60)
 
 
 def part(rows: int, cols: int, layer: str = "gru", gate: str = "", kind: str = "recurrent", scale: float = 1.0) -> Part:
@@ -110,7 +110,7 @@ def test_global_without_bounds_is_one_ranking_over_all(parts, sparsity):
     np.testing.assert_allclose(result, expected, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     parts=part_lists(),
     sparsity=st.floats(0, 0.95),

@@ -558,7 +558,7 @@ def test_steps_may_be_told_and_skipped():
 # ---- anything else
 
 
-@settings(deadline=None, max_examples=8, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(
     kind=st.sampled_from(sorted(GATES)), units=st.integers(4, 21), features=st.integers(4, 21),
     block=st.sampled_from([b for b in BLOCK_SIZES if max(b) <= 4] + [(3, 2), (2, 4)]),

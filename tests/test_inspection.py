@@ -88,7 +88,7 @@ def test_a_missing_file_is_told(tmp_path):
         kbs.tflite_report(tmp_path / "none.tflite")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(data, files, tmp_path):
     content = bytearray(files[data.draw(st.sampled_from(["fast", "stock"]))].read_bytes())

@@ -125,7 +125,7 @@ def test_biases_are_never_pruned():
 # ---- masks against an oracle
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(sorted(GATES)), units=st.integers(1, 40), features=st.integers(1, 40),
     block=st.sampled_from(BLOCK_SIZES), sparsity=st.floats(0, 0.97), score=st.sampled_from(["max", "mean", "l2"]),

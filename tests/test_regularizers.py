@@ -20,7 +20,7 @@ def penalty(weight: np.ndarray, block: tuple[int, int], gates: int = 1, row_axes
     return sum(np.linalg.norm(b) for matrix in matrices for b in cut(matrix, block))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     block=st.sampled_from(BLOCK_SIZES), gates=st.sampled_from([1, 3, 4]), more_rows=st.integers(0, 20),
     more_cols=st.integers(0, 20), strength=st.floats(0, 10), seed=st.integers(0, 99),
@@ -55,7 +55,7 @@ def gradient(regularizer: keras.regularizers.Regularizer, weight: np.ndarray) ->
     return tape.gradient(loss, variable).numpy()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99), block=st.sampled_from([(1, 1), (4, 4), (3, 2), (8, 4)]))
 def test_the_gradient_is_each_block_over_its_norm(seed, block):
     random = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import keras_blocksparse as kbs
 from keras_blocksparse.schedules import FOREVER
 
-fast = settings(deadline=None, max_examples=80)
+fast = settings(max_examples=80)
 
 
 def all_kinds(**steps: int) -> list[kbs.PruningSchedule]:

@@ -81,12 +81,12 @@ def decode(logits: np.ndarray, lengths: np.ndarray, alphabet: str, beam: int | N
     return ["".join(alphabet[n - 1] for n in row if n > 0) for row in np.asarray(decoded)[0]]
 
 
-def errors(hypotheses: list[str], references: list[str]) -> int:
-    """Characters to insert, delete or replace to make the references of the hypotheses."""
+def errors(hypotheses: list[str], references: list[str]) -> np.ndarray:
+    """Characters to insert, delete or replace to make each reference of its hypothesis, `int[texts]`."""
     made, meant = (tf.strings.unicode_split(texts, "UTF-8").to_sparse() for texts in (hypotheses, references))
     size = (len(references), max(made.dense_shape[1], meant.dense_shape[1], 1))
     made, meant = (tf.SparseTensor(s.indices, s.values, size) for s in (made, meant))
-    return int(tf.reduce_sum(tf.edit_distance(made, meant, normalize=False)))
+    return tf.edit_distance(made, meant, normalize=False).numpy().astype(int)
 
 
 def character_error_rate(
@@ -98,7 +98,7 @@ def character_error_rate(
     for frames, lengths, texts in scored_batches(features, split):
         logits = model.predict_on_batch(frames)
         heard = decode(logits, -(-lengths // SUBSAMPLING), alphabet, beam)
-        wrong += errors(heard, texts)
+        wrong += int(errors(heard, texts).sum())
         total += sum(map(len, texts))
         pairs += zip(texts, heard, strict=True)
     return wrong / total, pairs

@@ -18,7 +18,7 @@ def loss_and_gradients(model, x):
     return loss, *tape.gradient(loss, model.trainable_variables)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.sampled_from([keras.layers.GRU, keras.layers.LSTM, keras.layers.SimpleRNN]), st.integers(1, 40),
     st.integers(1, 40), st.integers(1, 5), st.booleans(),

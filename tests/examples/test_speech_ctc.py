@@ -2,8 +2,10 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks.accuracy import larger_dev
+from benchmarks.accuracy import larger
 from examples.common import bible
 from examples.common.student import Teacher
 from examples.speech_ctc import corpora, features, network, pipeline, synthesis
@@ -386,7 +388,7 @@ def distance(a, b):
 )
 def test_errors_are_edit_distances(pairs):
     heard, said = zip(*pairs, strict=True)
-    assert network.errors(list(heard), list(said)) == sum(distance(a, b) for a, b in pairs)
+    assert network.errors(list(heard), list(said)).tolist() == [distance(a, b) for a, b in pairs]
 
 
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
@@ -514,7 +516,7 @@ def test_smoke(tmp_path, capsys):
     assert not (tmp_path / "taught/unfinished").exists()
 
 
-def test_smoke_of_the_bidirectional_network_and_its_score_on_a_larger_dev(tmp_path, verses, capsys):
+def test_smoke_of_the_bidirectional_network_and_its_score_on_more_speech(tmp_path, verses, capsys):
     main(["--preset", "smoke", "--phrases", "16", "--cell", "rnn", "--epochs", "1", "--no-export", "--cache",
           str(tmp_path / "cache"), "--algorithm", "dense", "--output", str(tmp_path / "out")])  # fmt: skip
     result = json.loads((tmp_path / "out/result.json").read_text())
@@ -523,15 +525,37 @@ def test_smoke_of_the_bidirectional_network_and_its_score_on_a_larger_dev(tmp_pa
         f"birnn_{n}/{way}_rnn_{n}/simple_rnn_cell/{kernel}"
         for n in (1, 2) for way in ("forward", "backward") for kernel in ("kernel", "recurrent_kernel")
     }  # fmt: skip
-    larger_dev.main([str(tmp_path / "out"), "--phrases", "6", "--cache", str(tmp_path / "cache")])
-    made = max((tmp_path / "cache").glob("kjv-speech-*"), key=lambda path: path.stat().st_mtime_ns)
-    lines = [json.loads(line) for line in (made / "manifest.jsonl").read_text().splitlines()]
-    hours = sum(line["duration"] for line in lines if line["split"] == "dev") / 3600
-    assert [line["split"] for line in lines].count("dev") == 6
-    printed = capsys.readouterr().out
-    assert f"{hours:.2f} hours of dev" in printed
-    score = re.search(r"/out: character error rate (\d\.\d{4})$", printed, re.MULTILINE)
-    assert 0.5 < float(score[1]) < 2  # it has learned next to nothing
+    (tmp_path / "net/dense").mkdir(parents=True)
+    shutil.copytree(tmp_path / "out", tmp_path / "net/dense/0")
+    shutil.copytree(tmp_path / "out", tmp_path / "net/ours/0")
+    for split, option in (("dev", []), ("test", ["--split", "test"])):
+        larger.main([*(str(tmp_path / f"net/{row}/0") for row in ("dense", "ours")), *option, "--phrases", "6",
+                     "--cache", str(tmp_path / "cache")])  # fmt: skip
+        made = max((tmp_path / "cache").glob("kjv-speech-*"), key=lambda path: path.stat().st_mtime_ns)
+        lines = [json.loads(line) for line in (made / "manifest.jsonl").read_text().splitlines()]
+        hours = sum(line["duration"] for line in lines if line["split"] == split) / 3600
+        assert [line["split"] for line in lines].count(split) == 6
+        printed = capsys.readouterr().out
+        assert f"{hours:.2f} hours of {split}" in printed
+        score = re.search(r"/net/ours/0: character error rate (\d\.\d{4})$", printed, re.MULTILINE)
+        assert 0.5 < float(score[1]) < 2  # it has learned next to nothing
+        assert "/net/ours: +0.0 ± 0.0 % against dense, by 1 seed(s)" in printed
     (tmp_path / "out/model.keras").unlink()
     with pytest.raises(SystemExit, match="out is not what a training of examples.speech_ctc wrote"):
-        larger_dev.main([str(tmp_path / "out")])
+        larger.main([str(tmp_path / "out")])
+
+
+def test_what_rows_lose_on_more_speech_and_what_chance_in_the_phrases_makes_of_it():
+    chance = np.random.default_rng(0)
+    net = Path("net")
+    dense = [chance.poisson(5, 400), chance.poisson(5, 400)]
+    ours = [counts + chance.poisson(0.2, 400) for counts in dense]
+    wrong = {net / "dense/0": dense[0], net / "dense/1": dense[1], net / "ours/0": ours[0], net / "ours/1": ours[1],
+             net / "other/2": ours[0]}  # fmt: skip
+    found = larger.against_dense(wrong)
+    assert list(found) == [net / "ours"]  # "other" has no seed that dense has
+    figure, seeds = found[net / "ours"]
+    assert seeds == 2
+    assert figure.mean == pytest.approx((sum(dense).sum() - sum(ours).sum()) / sum(dense).sum())
+    drawn = [chance.integers(400, size=400) for _ in range(2000)]
+    assert figure.error == pytest.approx(np.std([sum(ours)[n].sum() / sum(dense)[n].sum() for n in drawn]), rel=0.1)

@@ -80,7 +80,7 @@ def matrices(draw):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=matrices(), chosen=st.booleans(), batch=st.sampled_from([1, 3, 9]))
 def test_products_of_float_columns(dtype, case, chosen, batch):
     rows, cols, gates, block, seed, density = case
@@ -94,7 +94,7 @@ def test_products_of_float_columns(dtype, case, chosen, batch):
     assert (np.abs(matrix.matmul(x) - exact) <= relative * bound + 1e-6).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=matrices(), chosen=st.booleans())
 def test_quantized_columns_are_not_rounded_again(case, chosen):
     """A row of one 127 is its own quantization: the product is that row of the matrix to the last bit of float32."""

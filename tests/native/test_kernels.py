@@ -35,7 +35,7 @@ def test_matmul(isa, dtype, block_size):
         check(matrix.matmul(x, bias), expected + bias)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(isa, data):
     """Product, transposed product and gradient for shapes that nobody thought of."""

@@ -161,7 +161,7 @@ def test_no_header_leads_astray(name, dtype):
                 use(signed(data))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_signed_nonsense_never_reads_outside(data):
     """Random changes with a fitting checksum: refused, or harmless (sanitized builds would say)."""

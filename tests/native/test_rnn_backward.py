@@ -147,7 +147,7 @@ def test_every_activation(cell, reset_after, activation):
         check(cell, reset_after, dense, 4, 5, (3, 3), activation=activation, recurrent_activation=recurrent)
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(data=st.data())
 def test_any_layer(data):
     # Gates that are no fractions let small differences grow with the steps: those have a test of their own.

@@ -40,7 +40,7 @@ def structures(inputs=8, units=12, gates=3, dtype="float32"):
 # ---- outputs -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), kind=st.sampled_from(KINDS), batch=st.integers(1, 5), steps=st.integers(1, 5))
 def test_a_layer_computes_what_keras_computes(data, kind, batch, steps):
     draw = data.draw

@@ -24,7 +24,7 @@ def pruned(shape, block_size, gates=1, sparsity=0.9, seed=0):
     return (rng.standard_normal(shape) * grid.expand(order >= sparsity * order.size)).astype(np.float32)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     block_size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     more=st.tuples(st.integers(0, 50), st.integers(0, 50)),

@@ -38,7 +38,7 @@ def random(*shape, seed=1):
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     block_size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     more=st.tuples(st.integers(0, 30), st.integers(0, 30)),
