@@ -94,6 +94,7 @@ class Bar:
     detail: str = ""  #: both times
     at_most: bool = False
     unit: str = "x"
+    error: float = 0.0  #: standard error of what was measured, if it is known
 
     @property
     def met(self) -> bool | None:
@@ -116,7 +117,8 @@ class Bar:
             return self.work, bar, "not measured", self.detail, "-"
         # Two figures that count, without an exponent; of a bound of nothing there is no share.
         off = f", {float(f'{100 * self.shortfall():.2g}'):g}% off" if self.bound else ""
-        verdict = "met" if self.met else f"MISSED{off}"
+        unsure = " within its error" if abs(self.measured - self.bound) < self.error else ""
+        verdict = f"met{unsure}" if self.met else f"MISSED{unsure}{off}"
         return self.work, bar, self.format(self.measured), self.detail, verdict
 
     def shortfall(self) -> float:

@@ -273,6 +273,29 @@ def test_gains_are_over_the_seeds_that_both_have():
     assert summary.Figure.of([2.0]).text(1) == "2.0"
 
 
+def test_bars_say_by_how_many_seeds_and_when_chance_could_turn_them():
+    of_network = {"dense": cell("dense", s0=1.0, s1=1.2), "bp": cell("bp", s0=1.0, s1=1.19, s2=9.0)}
+    of_network["gl"] = cell("gl", s0=1.4, s1=1.66)
+    asked = [
+        {"row": row, "against": "dense", "networks": ["a"], kind: bound}
+        for row, kind, bound in (
+            ("bp", "gain_at_least", 0.0),
+            ("bp", "gain_at_least", 0.05),
+            ("gl", "loss_at_most", 0.4),
+        )
+    ]
+    rows = [bar.row() for bar in tables.bars(of_network, asked, "a")]
+    assert [verdict for *_, verdict in rows] == [
+        "met within its error",
+        "MISSED within its error, 91% off",
+        "met within its error",
+    ]
+    assert rows[0][3].startswith("+0.5 ± ")
+    assert rows[0][3].endswith(" %, 2 seeds")
+    asked[2]["loss_at_most"] = 0.1
+    assert tables.bars(of_network, asked, "a")[2].row()[-1].startswith("MISSED, ")
+
+
 def test_pages_show_tables_bars_and_what_was_not_run(file, tmp_path, monkeypatch):
     monkeypatch.setattr(tables.device, "of_rows", lambda runs: {})
     runs, path = grid.load(file), tmp_path / "results.jsonl"

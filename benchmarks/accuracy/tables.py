@@ -103,14 +103,17 @@ def bars(of_network: dict[str, Cell], asked: Sequence[dict[str, Any]], network: 
         if network not in bar["networks"]:
             continue
         row, against = (of_network.get(bar[key]) for key in ("row", "against"))
-        gain = None if row is None or against is None else row.gain(against, "test")
-        detail = "" if gain is None or row is None or against is None else f"{gain.percent()}, {_seeds(row)}"
+        gain, detail = None, ""
+        if row is not None and against is not None:
+            gain = row.gain(against, "test")
+            detail = f"{gain.percent()}, {_seeds(row.with_seeds(row.seeds & against.seeds or row.seeds))}"
         kind, bound = next((key, value) for key, value in bar.items() if key.endswith(("_at_least", "_at_most")))
         what, _, side = kind.partition("_")
         measured = None if gain is None else gain.mean if what == "gain" else -gain.mean
         at_most, text = side == "at_most", what + " {}"
         why = f" ({bar['why']})" if "why" in bar else ""
-        made.append(Bar(f"{bar['row']} against {bar['against']}{why}", text, bound, measured, detail, at_most, "%"))
+        work, error = f"{bar['row']} against {bar['against']}{why}", 0.0 if gain is None else gain.error
+        made.append(Bar(work, text, bound, measured, detail, at_most, "%", error))
     return made
 
 
