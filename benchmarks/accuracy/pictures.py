@@ -11,6 +11,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from benchmarks._report import save_figure
 from benchmarks.accuracy.summary import Cell
@@ -58,6 +59,9 @@ def _against_parameters(axes: Any, lines: dict[str, Sequence[Cell]], dense: Cell
             color=colour, label=label, capsize=2,
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("parameters kept")
     axes.set_ylabel(dense.results[0]["unit"])
 
