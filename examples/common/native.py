@@ -110,19 +110,36 @@ class _Packing:
         self.structure = structure
         positions = BlockSparseMatrix.from_values(structure, np.zeros(structure.values_shape, "float32")).positions
         kept = np.flatnonzero(positions >= 0)
-        self.places = np.full(size, len(positions), np.int32)  # one past the end: left out
-        self.places[positions[kept]] = kept
-        self.sources = np.where(positions < 0, size, positions).astype(np.int32)  # one past the end: padding
+        places = np.full(size, len(positions))  # one past the end: left out
+        places[positions[kept]] = kept
+        sources = np.where(positions < 0, size, positions)  # one past the end: padding
+        # Elements that lie side by side in both orders are moved together, which is quicker.
+        self._run = next(
+            run for run in (16, 8, 4, 2, 1) if _in_runs(sources, size, run) and _in_runs(places, len(positions), run)
+        )
+        self._sources, self._places = (
+            (order[:: self._run] // self._run).astype("int32") for order in (sources, places)
+        )
 
     def values(self, weight: Any) -> tf.Tensor:
         """The weight's elements, and zeros for padding, in that order."""
 
         def gather(values: tf.Tensor, indices: np.ndarray) -> tf.Tensor:
-            return tf.gather(tf.concat([tf.reshape(values, [-1]), [0.0]], 0), indices)
+            runs = tf.reshape(tf.concat([tf.reshape(values, [-1]), [0.0] * self._run], 0), [-1, self._run])
+            return tf.reshape(tf.gather(runs, indices), [-1])
 
         @tf.custom_gradient
         def pack(w: tf.Tensor) -> Any:
             # A gather backwards too: TensorFlow's own gradient of a gather is a scatter, which takes longer.
-            return gather(w, self.sources), lambda dv: tf.reshape(gather(dv, self.places), w.shape)
+            return gather(w, self._sources), lambda dv: tf.reshape(gather(dv, self._places), w.shape)
 
         return pack(tf.convert_to_tensor(weight))
+
+
+def _in_runs(order: np.ndarray, end: int, run: int) -> bool:
+    """Whether an order of elements is one of whole runs of them, or of `end` alone."""
+    if end % run or order.size % run:
+        return False
+    rows = order.reshape(-1, run)
+    whole = rows == rows[:, :1] // run * run + np.arange(run)
+    return bool(np.all(whole.all(1) | (rows == end).all(1)))

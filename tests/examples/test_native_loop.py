@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import keras_blocksparse as kbs
 from examples.common.fitting import _LeaveOutZeros, pruned_layers
-from examples.common.native import native_loop
+from examples.common.native import _Packing, native_loop
+from keras_blocksparse.sparse import BlockSparseMatrix, BlockStructure
 
 
 def loss_and_gradients(model, x):
@@ -68,6 +69,22 @@ def test_leaving_out_zeros_changes_only_gradients_of_zeros(cell):
     for gradient, whole, weight in zip(found, expected, model.trainable_variables, strict=True):
         kept = np.asarray(weight) != 0 if "kernel" in weight.name else True
         np.testing.assert_allclose(gradient, np.where(kept, whole, 0), rtol=1e-4, atol=1e-6)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.data())
+def test_packing_keeps_every_element_of_the_kept_blocks(rows, columns, gates, data):
+    shape = rows, columns * gates
+    block = data.draw(st.integers(1, rows)), data.draw(st.integers(1, columns))
+    kept = np.random.default_rng(0).random(kbs.BlockGrid(shape, block, gates).grid_shape) < 0.5
+    structure = BlockStructure(shape, block, gates, "float32", kept)
+    weight = np.random.default_rng(1).normal(size=shape).astype("float32")
+    with tf.GradientTape() as tape:
+        tape.watch(w := tf.constant(weight))
+        values = _Packing(w, structure).values(w)
+        loss = tf.reduce_sum(values**2)
+    dense = BlockSparseMatrix.from_values(structure, values.numpy()).to_dense()
+    np.testing.assert_array_equal(dense, BlockSparseMatrix.from_dense(weight, block, gates, keep=kept).to_dense())
+    np.testing.assert_array_equal(tape.gradient(loss, w), 2 * dense)
 
 
 def test_zeros_are_left_out_when_masks_move_no_more():
