@@ -111,33 +111,38 @@ def fit(
 
 
 def teacher_of(model: Student, filters: str, settings: Settings, passes: int) -> Teacher | None:
-    """The trained network to learn from, if `settings` name one; `model` then expects its logits as targets, too.
+    """The trained networks to learn from, if `settings` name any; `model` then expects their logits as targets, too.
 
     Args:
         model: built.
         filters: regex of the layers that compute on the native loop if `settings` say so.
         settings: what the training is asked to be.
-        passes: how often the teacher is asked if its dropout is to be on.
+        passes: how often each teacher is asked if its dropout is to be on.
 
     Raises:
-        SystemExit: the teacher is of another task, or has no dropout that could be on.
+        SystemExit: a teacher is of another task, or has no dropout that could be on.
     """
     if settings.teacher is None:
         return None
-    teacher = keras.saving.load_model(settings.teacher, compile=False)
+    models = tuple(_teacher(model, filters, path, settings) for path in settings.teacher)
+    model.share = settings.teacher_share
+    return Teacher(models, passes if settings.teacher_dropout else 0)
+
+
+def _teacher(model: Student, filters: str, path: str, settings: Settings) -> keras.Model:
+    teacher = keras.saving.load_model(path, compile=False)
     if teacher.output_shape != model.output_shape or teacher.input_shape != model.input_shape:
         raise SystemExit(
-            f"--teacher: {settings.teacher} is of another task: it maps {teacher.input_shape} to"
-            f" {teacher.output_shape}, expected {model.input_shape} to {model.output_shape}."
+            f"--teacher: {path} is of another task: it maps {teacher.input_shape} to {teacher.output_shape}, expected"
+            f" {model.input_shape} to {model.output_shape}."
         )
     dropout = [layer for layer in teacher.layers if isinstance(layer, keras.layers.Dropout) and layer.rate]
     if settings.teacher_dropout and not dropout:
-        raise SystemExit(f"--teacher-dropout: {settings.teacher} was trained without dropout.")
+        raise SystemExit(f"--teacher-dropout: {path} was trained without dropout.")
     teacher.trainable = False
     if settings.native_loop:
         stay_on_native_loop(pruned_layers(teacher, filters))
-    model.share = settings.teacher_share
-    return Teacher(teacher, passes if settings.teacher_dropout else 0)
+    return teacher
 
 
 def _start_from(model: keras.Model, path: str) -> None:

@@ -28,7 +28,7 @@ class Settings:
     weight_decay: float
     seed: int
     start_from: str | None
-    teacher: str | None
+    teacher: list[str] | None
     teacher_share: float
     teacher_dropout: bool
     native_loop: bool
@@ -42,9 +42,9 @@ class Settings:
         Raises:
             SystemExit: it makes no sense.
         """
-        for option in ("start_from", "teacher"):
-            if (path := getattr(args, option)) is not None and not Path(path).is_file():
-                raise SystemExit(f"--{option.replace('_', '-')}: there is no file {path}")
+        for option, path in [("start-from", args.start_from), *(("teacher", path) for path in args.teacher or ())]:
+            if path is not None and not Path(path).is_file():
+                raise SystemExit(f"--{option}: there is no file {path}")
         if args.teacher_dropout and args.teacher is None:
             raise SystemExit("--teacher-dropout needs a --teacher")
         names = {field.name for field in dataclasses.fields(cls)} - {"compression"}
@@ -83,7 +83,10 @@ def add_arguments(
     add("--learning-rate", type=float, default=learning_rate, help="of AdamW, at its highest (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default: %(default)s)")
     add("--start-from", metavar="FILE", help="trained .keras file of the same network, whose weights to begin with")
-    add("--teacher", metavar="FILE", help="trained .keras file of the same task, to learn from beside the targets")
+    add(
+        "--teacher", metavar="FILE", nargs="+",
+        help="trained .keras file of the same task, to learn from beside the targets; of several, from the mean",
+    )  # fmt: skip
     add("--teacher-share", type=share, default=0.5, help="of the teacher in the loss (default: %(default)s)")
     add("--teacher-dropout", action="store_true", help="ask the teacher with its dropout on: it is less sure then")
     add("--seed", type=int, default=0, help="of weights, order and dropout (default: %(default)s)")

@@ -11,25 +11,27 @@ from keras import ops
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained network to learn from.
+    """Trained networks to learn from, whose probabilities count by their mean (Hinton, Vinyals, Dean 2015, section 3).
 
-    Of what it was trained on it is too sure, and says little beyond the targets. With its dropout on it doubts again
-    where it knows things by heart only (dropout distillation: Bulò, Porzi, Kontschieder 2016).
+    Of what it was trained on a network is too sure, and says little beyond the targets. With its dropout on it doubts
+    again where it knows things by heart only (dropout distillation: Bulò, Porzi, Kontschieder 2016).
 
     Attributes:
-        model: maps inputs to logits.
-        passes: through the network with dropout, over whose probabilities the mean is taken; 0: one without dropout.
+        models: each maps inputs to logits.
+        passes: through each network with dropout, over whose probabilities the mean is taken; 0: one without dropout.
     """
 
-    model: keras.Model
+    models: tuple[keras.Model, ...]
     passes: int = 0
 
     def __call__(self, x: Any) -> Any:
-        """Its logits for a batch; with dropout logarithms of probabilities."""
-        if not self.passes:
-            return self.model(x, training=False)
-        said = [ops.softmax(self.model(x, training=True)) for _ in range(self.passes)]
-        return ops.log(sum(said) / self.passes + keras.config.epsilon())
+        """Logits for a batch; of several networks, and with dropout, logarithms of probabilities."""
+        if len(self.models) == 1 and not self.passes:
+            return self.models[0](x, training=False)
+        said = [
+            ops.softmax(model(x, training=bool(self.passes))) for model in self.models for _ in range(self.passes or 1)
+        ]
+        return ops.log(sum(said) / len(said) + keras.config.epsilon())
 
 
 class Student(keras.Model):

@@ -58,7 +58,7 @@ def lessons(teacher: Teacher, features: Features, folder: Path, console: Console
     """What a teacher says of the utterances to train on, as they are without masks, computed once.
 
     Args:
-        teacher: its inputs are frames.
+        teacher: its networks' inputs are frames.
         features: what to train on.
         folder: where it is kept while it is needed, so that it need not fit into memory.
         console: where progress is shown.
@@ -70,7 +70,7 @@ def lessons(teacher: Teacher, features: Features, folder: Path, console: Console
     numbers = features.numbers("train")
     lengths = np.array([[_outputs(features.length[n], late) for late in range(SUBSAMPLING)] for n in numbers])
     folder.mkdir(parents=True, exist_ok=True)
-    shape = (int(lengths.sum()), teacher.model.output_shape[-1])
+    shape = (int(lengths.sum()), teacher.models[0].output_shape[-1])
     every = np.lib.format.open_memmap(folder / "lessons.npy", "w+", np.float16, shape)
     parts = iter(np.split(every, np.cumsum(lengths)[:-1]))
     found = {n: [next(parts) for _ in range(SUBSAMPLING)] for n in numbers}

@@ -309,9 +309,9 @@ def test_a_student_that_learns_from_its_teacher_alone_becomes_it(tmp_path, nativ
     network(seed=3).plain().save(tmp_path / "teacher.keras")
     model = network()
     x, _ = samples()
-    asked = {"teacher": str(tmp_path / "teacher.keras"), "teacher_share": 1.0, "native_loop": native_loop}
+    asked = {"teacher": [str(tmp_path / "teacher.keras")], "teacher_share": 1.0, "native_loop": native_loop}
     teacher = fitting.teacher_of(model, "gru", settings_of(None, **asked), passes=4)
-    assert not teacher.model.trainable_variables
+    assert not teacher.models[0].trainable_variables
     batches = tf.data.Dataset.from_tensor_slices((x, (np.zeros((64, 2), "float32"), teacher(x)))).batch(8).repeat()
 
     def divergence():
@@ -335,14 +335,29 @@ def test_a_teacher_with_its_dropout_on_says_what_it_expects_over_masks(tmp_path)
     dense = keras.layers.Dense(2, kernel_initializer=keras.initializers.Constant([[1, -1]]))
     model = keras.Sequential([inputs, keras.layers.Dropout(0.5), dense])
     x = np.ones((1, 1), "float32")
-    np.testing.assert_allclose(Teacher(model)(x), [[1.0, -1.0]])
-    said = np.exp(Teacher(model, passes=1000)(x))
+    np.testing.assert_allclose(Teacher((model,))(x), [[1.0, -1.0]])
+    said = np.exp(Teacher((model,), passes=1000)(x))
     sure = 1 / (1 + np.exp(-4.0))  # kept inputs are doubled, dropped ones leave both outputs 0
     np.testing.assert_allclose(said, [[(sure + 0.5) / 2, (1 - sure + 0.5) / 2]], atol=0.03)
     model.save(tmp_path / "teacher.keras")
     student = Student(inputs, dense(inputs))
-    asked = settings_of(None, teacher=str(tmp_path / "teacher.keras"), teacher_dropout=True)
+    asked = settings_of(None, teacher=[str(tmp_path / "teacher.keras")], teacher_dropout=True)
     assert fitting.teacher_of(student, "dense", asked, passes=4).passes == 4
+
+
+@pytest.mark.parametrize("passes", [0, 3])
+def test_several_teachers_say_the_mean_of_their_probabilities(tmp_path, passes):
+    inputs = keras.Input((3, 4))
+    models = [keras.Model(inputs, keras.layers.Dense(5)(inputs)) for _ in range(3)]
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    said = np.exp([np.asarray(keras.ops.log_softmax(model(x)), np.float64) for model in models])
+    found = np.asarray(keras.ops.softmax(Teacher(tuple(models), passes)(x)))
+    np.testing.assert_allclose(found, said.mean(0), rtol=1e-5)
+    paths = [str(tmp_path / f"{n}.keras") for n in range(3)]
+    for model, path in zip(models, paths, strict=True):
+        model.save(path)
+    loaded = fitting.teacher_of(Student(inputs, models[0](inputs)), "dense", settings_of(None, teacher=paths), passes)
+    np.testing.assert_allclose(keras.ops.softmax(loaded(x)), said.mean(0), rtol=1e-5)
 
 
 def test_files_that_are_not_there_are_named():
@@ -350,7 +365,7 @@ def test_files_that_are_not_there_are_named():
     settings.add_arguments(parser, cells=("gru",), units=1, layers=1, dropout=0.0, epochs=1, batch=1,
                            learning_rate=1.0, output="out")  # fmt: skip
     with pytest.raises(SystemExit, match="--teacher: there is no file nowhere.keras"):
-        settings.Settings.from_arguments(parser.parse_args(["--teacher", "nowhere.keras"]))
+        settings.Settings.from_arguments(parser.parse_args(["--teacher", __file__, "nowhere.keras"]))
     with pytest.raises(SystemExit, match="--teacher-dropout needs a --teacher"):
         settings.Settings.from_arguments(parser.parse_args(["--teacher-dropout"]))
     asked = settings.Settings.from_arguments(parser.parse_args(["--evaluate", "test", "--block-size", "4", "4"]))

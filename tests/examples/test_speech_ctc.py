@@ -300,7 +300,7 @@ def test_training_batches_are_padded_and_go_on_with_any_epoch(tmp_path):
 def test_a_teachers_lessons_are_what_it_says_of_each_utterance(tmp_path):
     found = small_features(tmp_path)
     teacher = network.build(5, "gru", 8, depth=1, channels=4)
-    lessons = pipeline.lessons(Teacher(teacher), found, tmp_path, QUIET)
+    lessons = pipeline.lessons(Teacher((teacher,)), found, tmp_path, QUIET)
     numbers = found.numbers("train")
     assert sorted(lessons) == sorted(numbers)
     frames, (labels, logits) = next(
