@@ -118,6 +118,13 @@ def test_a_network_can_do_with_fewer_seeds(file):
     assert [run.name for run in grid.load(file)] == ["a/dense/0", "b/dense/0", "a/bp/0", "a/wide/0", "a/dense/1"]
 
 
+def test_a_run_can_need_models_of_several_seeds(file):
+    file.write_text(FILE.replace('"@dense"', '["@dense/0", "@dense/1", "@wide"]'))
+    run = next(run for run in grid.load(file) if run.row == "bp")
+    assert run.others == {"a/dense/0", "a/dense/1", "a/wide/0"}
+    assert run.arguments[-6:] == ["--q-from", "@a/dense/0", "@a/dense/1", "@a/wide/0", "--seed", "0"]
+
+
 def test_runs_are_picked_by_name_with_what_they_need(file):
     runs = grid.load(file)
     assert [run.name for run in grid.pick(runs, "a/bp")] == ["a/dense/0", "a/bp/0"]

@@ -38,7 +38,7 @@ class Run:
     @property
     def others(self) -> set[str]:
         """Names of the runs whose models it needs."""
-        return {value[1:] for value in self.options.values() if isinstance(value, str) and value.startswith("@")}
+        return {word[1:] for value in self.options.values() for word in _words(value) if word.startswith("@")}
 
     @property
     def arguments(self) -> list[str]:
@@ -48,7 +48,7 @@ class Run:
             if isinstance(value, bool):
                 words.append(f"--{option}" if value else f"--no-{option}")
             else:
-                words += [f"--{option}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+                words += [f"--{option}", *_words(value)]
         return [*words, "--seed", str(self.seed)]
 
 
@@ -57,8 +57,8 @@ def load(path: Path = GRID) -> list[Run]:
 
     A row's options are laid over its network's, and over those of the row that it is `like`. "$name" stands for the
     value of that name among the network's `values`; a row of which a network has not all is not for this network, while
-    "$name?" leaves out the option alone. "@row" stands for the model of that row with the same network and seed. A
-    network may want fewer `seeds` than rows.
+    "$name?" leaves out the option alone. "@row" stands for the model of that row with the same network and seed,
+    "@row/1" for that with seed 1. A network may want fewer `seeds` than rows.
 
     Raises:
         ValueError: the file names a network or row that it does not have.
@@ -112,6 +112,10 @@ def pick(runs: list[Run], only: str | None) -> list[Run]:
     return [run for run in runs if run.name in picked or run.name in needed]
 
 
+def _words(value: Any) -> list[str]:
+    return [str(word) for word in value] if isinstance(value, list) else [str(value)]
+
+
 def _left_out(value: Any, values: dict[str, Any]) -> bool:
     return isinstance(value, str) and value.startswith("$") and value.endswith("?") and value[1:-1] not in values
 
@@ -120,5 +124,7 @@ def _filled(value: Any, network: str, values: dict[str, Any], seed: int) -> Any:
     if isinstance(value, str) and value.startswith("$"):
         return values.get(value[1:].removesuffix("?"))
     if isinstance(value, str) and value.startswith("@"):
-        return f"@{network}/{value[1:]}/{seed}"
+        return f"@{network}/{value[1:]}" if re.search(r"/\d+$", value) else f"@{network}/{value[1:]}/{seed}"
+    if isinstance(value, list):
+        return [_filled(item, network, values, seed) for item in value]
     return value
