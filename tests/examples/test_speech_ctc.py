@@ -317,7 +317,7 @@ def test_a_teachers_lessons_are_what_it_says_of_each_utterance(tmp_path):
         np.testing.assert_allclose(own[:sure], expected[:sure], atol=2e-3)
         np.testing.assert_array_equal(own[:length], lessons[n][late])
         assert (own[length:] == 0).all()
-    doubting = Teacher(network.build(5, "gru", 8, depth=1, channels=4, dropout=0.5), passes=2)
+    doubting = Teacher((network.build(5, "gru", 8, depth=1, channels=4, dropout=0.5),), passes=2)
     for of_utterance in pipeline.lessons(doubting, found, tmp_path, QUIET).values():
         for row in of_utterance:  # probabilities, whose mean is no logits' any more
             np.testing.assert_allclose(np.exp(row.astype("float32")).sum(-1), 1, atol=1e-2)
