@@ -139,9 +139,11 @@ def _teacher(model: Student, filters: str, path: str, settings: Settings) -> ker
     dropout = [layer for layer in teacher.layers if isinstance(layer, keras.layers.Dropout) and layer.rate]
     if settings.teacher_dropout and not dropout:
         raise SystemExit(f"--teacher-dropout: {path} was trained without dropout.")
-    teacher.trainable = False
-    if settings.native_loop:
+    if any(row.becomes for row in kbs.conversion_report(teacher).layers):
+        teacher = kbs.to_block_sparse(teacher, verbose=False)  # asked for every batch: not to compute with its zeros
+    elif settings.native_loop:
         stay_on_native_loop(pruned_layers(teacher, filters))
+    teacher.trainable = False
     return teacher
 
 

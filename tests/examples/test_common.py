@@ -329,6 +329,22 @@ def test_a_student_that_learns_from_its_teacher_alone_becomes_it(tmp_path, nativ
         fitting.teacher_of(model, "gru", settings_of(None, teacher_dropout=True, **asked), passes=4)
 
 
+@pytest.mark.parametrize("native_loop", [False, True])
+def test_a_sparse_teacher_says_the_same_without_its_zeros(tmp_path, native_loop):
+    pruned = network(seed=3).plain()
+    for weight in (pruned.get_layer("gru").cell.kernel, pruned.get_layer("gru").cell.recurrent_kernel):
+        w = np.asarray(weight).copy()
+        w.reshape(w.shape[0] // 4, 4, -1, 4)[::2] = 0  # every other row of blocks
+        weight.assign(w)
+    pruned.save(tmp_path / "teacher.keras")
+    asked = settings_of(None, teacher=[str(tmp_path / "teacher.keras")], native_loop=native_loop)
+    teacher = fitting.teacher_of(network(), "gru", asked, passes=4)
+    assert isinstance(teacher.models[0].get_layer("gru"), kbs.BlockSparseGRU)
+    assert not teacher.models[0].trainable_variables
+    x, _ = samples()
+    np.testing.assert_allclose(teacher(x), pruned(x), atol=1e-5)
+
+
 def test_a_teacher_with_its_dropout_on_says_what_it_expects_over_masks(tmp_path):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((1,))
