@@ -363,7 +363,10 @@ def test_sizes_and_latencies_are_against_the_dense_networks_stock_file(file, tmp
         return {"stock": {"bytes": stock, **latency}, "fast": {"bytes": fast, **fast_latency}}
 
     base, sparse = line(10240, 10240, 8.0, 9.0), line(2048, 1024, 4.0, 0.5)
-    assert tables._device(sparse, base) == ["2 KiB (5.0x)", "4.00 ms (2.0x)", "1 KiB (10.0x)", "0.50 ms (16.0x)"]
+    assert tables._device(base, base) == ["10 KiB (1.0x)", "8.00 ms (1.0x)", "10 KiB (1.0x)", "9.00 ms (0.9x)"]
+    assert tables._device(sparse, base) == ["2 KiB (5.0x)", "2.0x", "1 KiB (10.0x)", "16.0x"]
+    slower_day = sparse | {"dense": line(10240, 10240, 16.0, 18.0)}
+    assert tables._device(slower_day, base) == ["2 KiB (5.0x)", "4.0x", "1 KiB (10.0x)", "32.0x"]
     assert tables._device(sparse, None)[1] == "4.00 ms"
     assert tables._device(None, base) == ["-"] * 4
 
@@ -374,20 +377,38 @@ def test_a_row_is_measured_once_by_whichever_seed_is_at_hand(file, tmp_path, mon
         about = {"run": run.name, "arguments": run.arguments, "others": results.others(run, runs), "cpu": "a cpu"}
         results.append(outcome(1.0) | about, found)
     with pytest.raises(SystemExit, match="no trained model"):
-        device.measure(runs, tmp_path / "work", path, found)
+        device.measure(runs, runs, tmp_path / "work", path, found)
     latency = {"bytes": 1, "latency_ms": {"tf.lite": 1.0}}
     measured = []
-    monkeypatch.setattr(
-        device, "_measured", lambda model: measured.append(model.parent) or {"stock": latency, "fast": latency}
-    )
-    for name in ("a/dense/1", "a/dense/0"):  # when the second comes, the row has its line
+
+    def measure(paths):
+        measured.append([path.parent for path in paths])
+        return [{"stock": latency | {"bytes": number}, "fast": latency} for number in range(len(paths))]
+
+    monkeypatch.setattr(device, "_measured", measure)
+    work = tmp_path / "work"
+
+    def train(name):
         run = next(run for run in runs if run.name == name)
-        folder = running.folder_of(name, tmp_path / "work")
+        folder = running.folder_of(name, work)
         folder.mkdir(parents=True)
         (folder / running.MADE_BY).write_text(json.dumps(run.arguments))
-        device.measure(runs, tmp_path / "work", path, found)
-    assert measured == [running.folder_of("a/dense/1", tmp_path / "work")]
-    assert list(device.of_rows(runs, path)) == [("a", "dense")]
+        device.measure([run], runs, work, path, found)
+        return folder
+
+    sparse = train("a/bp/0")
+    assert not measured, "there is nothing to compare it with"
+    dense = train("a/dense/1")
+    assert measured == [[dense]], "the only row that was asked for"
+    train("a/dense/0")  # the row has its line
+    assert measured == [[dense]]
+    device.measure(runs, runs, work, path, found)
+    assert measured[1:] == [[dense.with_name("0"), sparse]]
+    rows = device.of_rows(runs, path)
+    assert rows.keys() == {("a", "dense"), ("a", "bp")}
+    assert rows["a", "bp"]["stock"]["bytes"] == 1
+    assert rows["a", "bp"]["dense"]["stock"]["bytes"] == 0
+    assert "dense" not in rows["a", "dense"]
 
 
 def test_a_run_is_json_in_one_line():

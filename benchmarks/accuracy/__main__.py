@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "device":
         from benchmarks.accuracy import device
 
-        device.measure(runs)
+        device.measure(runs, grid.load())
         device.keep_masks(runs, tomllib.loads(grid.GRID.read_text())["pictures"]["masks"], args.output)
     else:
         from benchmarks.accuracy import tables

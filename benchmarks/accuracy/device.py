@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
 from benchmarks._report import console, processor
 from benchmarks.accuracy import results
 from benchmarks.accuracy.grid import FOLDER, RESULTS, Run
@@ -21,31 +23,60 @@ STEPS = 200
 REPEATS = 5
 
 
-def measure(runs: Sequence[Run], work: Path = WORK, path: Path = DEVICE, results_path: Path = RESULTS) -> None:
+def measure(
+    runs: Sequence[Run],
+    grid: Sequence[Run],
+    work: Path = WORK,
+    path: Path = DEVICE,
+    results_path: Path = RESULTS,
+) -> None:
     """Adds a line to `device.jsonl` for each row that has none yet, by the first seed whose model is at hand.
+
+    A network's rows are measured in turns with its dense one, whose figures are kept beside theirs: a machine that is
+    slower on another day is slower for both.
+
+    Args:
+        runs: whose rows to measure.
+        grid: all there are, for the dense networks.
+        work: where models are.
+        path: of the lines.
+        results_path: of the trainings.
 
     Raises:
         SystemExit: no model is there at all.
     """
-    done = results.of_runs(runs, results.load(results_path))
-    measured = set(of_rows(runs, path))
-    here = [run for run in runs if run.name in done and has_model(run, work)]
+    done = results.of_runs(grid, results.load(results_path))
+    measured = of_rows(grid, path)
+    here: dict[tuple[str, str], Run] = {}
+    for run in grid:
+        if run.name in done and has_model(run, work):
+            here.setdefault((run.network, run.row), run)
     if not here:
         raise SystemExit(f"There is no trained model in {work}: python -m benchmarks.accuracy run")
-    for run in here:
-        if (run.network, run.row) in measured:
+    for network in dict.fromkeys(network for network, _ in here):
+        asked = {(run.network, run.row) for run in runs if run.network == network}
+        missing = [run for key, run in here.items() if key in asked and key not in measured]
+        dense = here.get((network, "dense"))
+        if not missing:
             continue
-        measured.add((run.network, run.row))
-        line = _measured(folder_of(run.name, work) / MODEL)
-        line |= {"run": run.name, "arguments": run.arguments, "others": results.others(run, runs), "cpu": processor()}
-        with path.open("a") as file:
-            file.write(json.dumps(line, sort_keys=True) + "\n")
-        fast = line["fast"]["latency_ms"]
-        console.print(
-            f"{run.name}: {line['stock']['bytes']:,} bytes stock, {line['fast']['bytes']:,} fast; "
-            + ", ".join(f"{name} {ms:.2f} ms" for name, ms in fast.items()),
-            soft_wrap=True,
-        )
+        if dense is None:
+            names = ", ".join(run.name for run in missing)
+            console.print(f"{names}: not measured, for no dense network to compare with is in {work}.", soft_wrap=True)
+            continue
+        others = [run for run in missing if run is not dense]
+        base, *figures = _measured([folder_of(run.name, work) / MODEL for run in (dense, *others)])
+        found = [(dense, base)] if dense in missing else []
+        found += [(run, figure | {"dense": base}) for run, figure in zip(others, figures, strict=True)]
+        for run, line in found:
+            about = {"run": run.name, "arguments": run.arguments, "others": results.others(run, grid)}
+            with path.open("a") as file:
+                file.write(json.dumps(line | about | {"cpu": processor()}, sort_keys=True) + "\n")
+            fast = line["fast"]["latency_ms"]
+            console.print(
+                f"{run.name}: {line['stock']['bytes']:,} bytes stock, {line['fast']['bytes']:,} fast; "
+                + ", ".join(f"{name} {ms:.2f} ms" for name, ms in fast.items()),
+                soft_wrap=True,
+            )
 
 
 def keep_masks(runs: Sequence[Run], rows: Sequence[str], output: Path, work: Path = WORK) -> None:
@@ -73,29 +104,28 @@ def of_rows(runs: Sequence[Run], path: Path = DEVICE) -> dict[tuple[str, str], d
     return {(run.network, run.row): found[run.name] for run in runs if run.name in found}
 
 
-def _measured(model_path: Path) -> dict[str, Any]:
+def _measured(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Size and latency of the files of each model, medians over rounds in which all have their turn."""
     import keras
 
     import keras_blocksparse as kbs
 
-    model = keras.saving.load_model(model_path, compile=False)
-    line: dict[str, Any] = {}
+    models = [keras.saving.load_model(path, compile=False) for path in paths]
+    targets = ("stock", "fast")
+    reports: dict[tuple[int, str], list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for target in ("stock", "fast"):
-            reports = [
-                kbs.export_tflite(model, Path(folder) / "model.tflite", target=target, timesteps=STEPS)
-                for _ in range(REPEATS)
-            ]
-            line[target] = {
-                "bytes": reports[0].bytes,
-                "bytes_dense": reports[0].bytes_dense,
-                **{
-                    key: {
-                        name: statistics.median(getattr(report, key)[name] for report in reports)
-                        for name in getattr(reports[0], key)
-                    }
-                    for key in ("latency_ms", "latency_dense_ms")
-                },
-                "runtimes": reports[0].runtimes,
-            }
-    return line
+        for _ in track(range(REPEATS), "Measuring in turns", console=console):
+            for number, model in enumerate(models):
+                for target in targets:
+                    report = kbs.export_tflite(model, Path(folder) / "model.tflite", target=target, timesteps=STEPS)
+                    reports.setdefault((number, target), []).append(report)
+    return [{target: _medians(reports[number, target]) for target in targets} for number in range(len(models))]
+
+
+def _medians(reports: Sequence[Any]) -> dict[str, Any]:
+    first = reports[0]
+    latencies = {
+        key: {name: statistics.median(getattr(report, key)[name] for report in reports) for name in getattr(first, key)}
+        for key in ("latency_ms", "latency_dense_ms")
+    }
+    return {"bytes": first.bytes, "bytes_dense": first.bytes_dense, "runtimes": first.runtimes, **latencies}

@@ -20,8 +20,8 @@ Every line is the mean over seeds and, where there is more than one, its standar
 figure, (dense - this) / dense of the score, of the seeds that both were run with: negative is worse than dense.
 *Kept* counts what is not pruned away, of all parameters; *zero* is the share of zeros in the recurrent layers, which
 are what is pruned. Settings were chosen on dev; test was scored for this page. Files are float32; latencies are those
-of 200 time steps on one thread, stock files on the quickest stock runtime, fast ones with the delegate; in brackets
-how many times smaller and quicker than the dense network's stock file."""
+of 200 time steps on one thread, stock files on the quickest stock runtime, fast ones with the delegate: how many times
+smaller and quicker than the dense network's stock file is."""
 
 
 def write_pages(runs: Sequence[Run], output: Path, grid: Path = GRID, results_path: Path = results.RESULTS) -> None:
@@ -149,18 +149,26 @@ def _table(
 
 
 def _device(line: dict[str, Any] | None, base: dict[str, Any] | None) -> list[str]:
-    """Sizes and latencies of both files, the fast one with the delegate, and how far below the dense stock file's."""
+    """Sizes of both files, the fast one with the delegate, and how far below the dense stock file's; latencies, too.
+
+    A line that was measured in turns with a dense network is compared with that; milliseconds of different days are
+    not comparable, so only the dense network's are shown.
+    """
     if line is None:
         return ["-"] * 4
+    base = line.get("dense", base)
     figures = []
     for target in ("stock", "fast"):
         kibibytes, ms = _size_and_time(line, target)
-        times = (
-            ["", ""]
-            if base is None
-            else [f" ({b / f:.1f}x)" for b, f in zip(_size_and_time(base, "stock"), (kibibytes, ms), strict=True)]
-        )
-        figures += [f"{kibibytes:,.0f} KiB{times[0]}", f"{ms:.2f} ms{times[1]}"]
+        if base is None:
+            figures += [f"{kibibytes:,.0f} KiB", f"{ms:.2f} ms"]
+            continue
+        base_kibibytes, base_ms = _size_and_time(base, "stock")
+        times = f"{base_ms / ms:.1f}x"
+        figures += [
+            f"{kibibytes:,.0f} KiB ({base_kibibytes / kibibytes:.1f}x)",
+            f"{ms:.2f} ms ({times})" if line is base else times,
+        ]
     return figures
 
 
